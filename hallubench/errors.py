@@ -1,0 +1,50 @@
+"""What can go wrong, as a tree.
+
+    HallubenchError
+    ├── InputError            the user's files or options are wrong          exit code 2
+    │   ├── ConfigError       ... the config
+    │   ├── PromptError       ... the prompts file
+    │   └── StoreError        ... the output folder
+    └── RunError              the run could not finish                       exit code 1
+        ├── LaneError         ... one lane stopped; its requests stay pending
+        └── DiskError         ... answers can no longer be written
+
+Every message is one line that names the file, key or line, and the fix. Exceptions of SDKs and of
+the engine never leave their provider: they become a `Completion` with `error` set, or a `LaneError`.
+"""
+
+
+class HallubenchError(Exception):
+    """Base of everything hallubench raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(HallubenchError):
+    """The user's input is wrong: nothing was asked, nothing was written."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """The config cannot be read, or asks for something that cannot be had."""
+
+
+class PromptError(InputError):
+    """The prompts file cannot be read, or one of its prompts cannot be asked."""
+
+
+class StoreError(InputError):
+    """The output folder cannot be used: not ours, not writable, or another run writes it."""
+
+
+class RunError(HallubenchError):
+    """The run began and could not finish. What was answered is on disk."""
+
+
+class LaneError(RunError):
+    """One lane cannot go on (bad key, unknown model, dead engine). Its open requests stay pending."""
+
+
+class DiskError(RunError):
+    """Answers can no longer be written (disk full, quota, read-only). What was written is whole."""

@@ -1,0 +1,263 @@
+"""Prompts x models x samples -> the requests to send, with content-addressed ids, grouped into lanes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hallubench.config import KEY_VARIABLES, Config, ModelConfig
+from hallubench.errors import ConfigError
+from hallubench.prompts import PromptFile
+from hallubench.providers import check_type
+from hallubench.text import printable
+from hallubench.types import Prompt, Request, SamplingParams
+
+ANSWER_ARGUMENTS = frozenset(
+    {
+        "chat_template",
+        "hf_overrides",
+        "load_format",
+        "logprobs_mode",
+        "quantization",
+        "tokenizer",
+        "tokenizer_mode",
+        "tokenizer_revision",
+    }
+)
+"""The vLLM engine arguments that change answers. The others change speed and memory only: a run that
+goes on with, say, less `gpu_memory_utilization` must not ask everything again."""
+
+NO_SEED = frozenset({"claude", "gemini"})
+"""Types that cannot send a seed: the config's own reaches the others and is null in their rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Entries that one opened provider answers: those of an API account, or of a loaded engine."""
+
+    name: str
+    entries: tuple[ModelConfig, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """What has one budget: an API account, or the accelerators here. Its groups run one after another."""
+
+    name: str
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """How much there is to do."""
+
+    prompts: int
+    requests: int
+    pending: tuple[int, ...]
+    """Requests of each entry of `config.models`, in its order, that have no answer yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that a config asks for, answered already or not."""
+
+    config: Config
+    prompts: PromptFile
+    """Can be iterated again and again, by several threads at once."""
+    lanes: tuple[Lane, ...]
+
+    def requests(self, group: Group, answered: Container[str] = frozenset()) -> Iterator[Request]:
+        """The group's requests that are not among `answered`, each made when it is drawn.
+
+        Prompts are the outer loop: what is asked of one prompt lies close together.
+        """
+        series = [_Series(self.config, entry) for entry in group.entries]
+        for prompt in self.prompts:
+            for one in series:
+                yield from one.requests(prompt, answered)
+
+    def survey(self, answered: Container[str] = frozenset()) -> Survey:
+        """Go through all requests once and count; the prompts are checked on the way.
+
+        Raises:
+            PromptError: a prompt that cannot be asked.
+            ConfigError: an entry's system prompt meets a prompt with a system message of its own.
+        """
+        series = [_Series(self.config, entry) for entry in self.config.models]
+        pending = [0] * len(series)
+        prompts = 0
+        for prompt in self.prompts:
+            prompts += 1
+            own_system_message = prompt.messages is not None and prompt.messages[0].role == "system"
+            for index, one in enumerate(series):
+                if own_system_message and self.config.models[index].system_prompt:
+                    both = f"models[{index}].system_prompt and prompt {printable(prompt.id)!r}"
+                    raise ConfigError(f"{both} each bring a system message; remove one of the two")
+                for request_id in one.ids(prompt):
+                    pending[index] += request_id not in answered
+        requests = prompts * sum(entry.n for entry in self.config.models)
+        return Survey(prompts=prompts, requests=requests, pending=tuple(pending))
+
+
+def make_plan(config: Config, prompts: PromptFile) -> Plan:
+    """Group a config's entries into lanes and refuse what could not be asked.
+
+    Needs no weights, no network and no SDK.
+
+    Raises:
+        ConfigError: an unknown `type`, or two entries that would ask exactly the same.
+    """
+    seen: dict[bytes, int] = {}
+    lanes: dict[object, dict[object, list[ModelConfig]]] = {}
+    for index, entry in enumerate(config.models):
+        try:
+            check_type(entry.type)
+        except ConfigError as error:
+            raise ConfigError(f"models[{index}].type: {error}") from None
+        one = _Series(config, entry)
+        if (twin := seen.setdefault(one.identity, index)) != index:
+            raise ConfigError(f"models[{twin}] and models[{index}] ask exactly the same; remove one of them")
+        lane, group = _lane_key(entry), _group_key(entry)
+        lanes.setdefault(lane, {}).setdefault(group, []).append(entry)
+    names = _distinct([_type_of(groups) for groups in lanes.values()])
+    return Plan(
+        config,
+        prompts,
+        tuple(
+            Lane(name, tuple(Group(_group_name(entries), tuple(entries)) for entries in groups.values()))
+            for name, groups in zip(names, lanes.values(), strict=True)
+        ),
+    )
+
+
+def settings_digest(
+    provider: str, model: str, system_prompt: str | None, params: SamplingParams, options: Mapping[str, Any]
+) -> bytes:
+    """Hash of what all requests of one entry have in common, apart from the seed."""
+    settings = [
+        provider,
+        model,
+        system_prompt,
+        params.temperature,
+        params.top_p,
+        params.top_k,
+        params.max_tokens,
+        params.stop,
+        options,
+    ]
+    return hashlib.blake2b(
+        json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16
+    ).digest()
+
+
+def request_id(settings: bytes, prompt: Prompt, sample_index: int, seed: int | None) -> str:
+    """20 hex digits (80 bits) over everything that determines an answer.
+
+    The prompt's id is part of it: two prompts with the same text are two rows. Among 100 million
+    requests, the chance that any two share an id is below 1 in 200 million.
+    """
+    turns = [(turn.role, turn.content) for turn in prompt.messages] if prompt.messages else prompt.text
+    content = json.dumps([prompt.id, turns, sample_index, seed])
+    return hashlib.blake2b(settings + content.encode(), digest_size=10).hexdigest()
+
+
+class _Series:
+    """The requests of one entry."""
+
+    def __init__(self, config: Config, entry: ModelConfig) -> None:
+        self._entry = entry
+        self._options = _answer_options(entry)
+        self._seed = entry.seed
+        if entry.seed is None and entry.type not in NO_SEED:
+            self._seed = config.seed
+        self._params = SamplingParams(
+            max_tokens=entry.max_tokens,
+            temperature=entry.temperature,
+            top_p=entry.top_p,
+            top_k=entry.top_k,
+            stop=entry.stop,
+            logprobs=entry.logprobs,
+            prompt_logprobs=entry.prompt_logprobs,
+        )
+        self._settings = settings_digest(
+            entry.provider, entry.name, entry.system_prompt, self._params, self._options
+        )
+        self.identity = self._settings + str(self._seed).encode()
+
+    def _samples(self) -> Iterator[tuple[int, int | None]]:
+        for sample_index in range(self._entry.n):
+            yield sample_index, None if self._seed is None else self._seed + sample_index
+
+    def ids(self, prompt: Prompt) -> Iterator[str]:
+        for sample_index, seed in self._samples():
+            yield request_id(self._settings, prompt, sample_index, seed)
+
+    def requests(self, prompt: Prompt, answered: Container[str]) -> Iterator[Request]:
+        for sample_index, seed in self._samples():
+            id_ = request_id(self._settings, prompt, sample_index, seed)
+            if id_ not in answered:
+                yield Request(
+                    request_id=id_,
+                    prompt=prompt,
+                    sample_index=sample_index,
+                    provider=self._entry.provider,
+                    model=self._entry.name,
+                    system_prompt=self._entry.system_prompt,
+                    params=replace(self._params, seed=seed),
+                    options=self._options,
+                )
+
+
+def _answer_options(entry: ModelConfig) -> dict[str, Any]:
+    """What shapes an answer and has no column of its own in the store; only what differs from the default."""
+    options = dict(entry.options)
+    if entry.dtype != "auto":
+        options["dtype"] = entry.dtype
+    if entry.revision is not None:
+        options["revision"] = entry.revision
+    options |= {key: value for key, value in entry.engine.items() if key in ANSWER_ARGUMENTS}
+    if entry.logprobs is not None:
+        options["logprobs"] = entry.logprobs
+    if entry.prompt_logprobs is not None:
+        options["prompt_logprobs"] = entry.prompt_logprobs
+    return options
+
+
+def _lane_key(entry: ModelConfig) -> object:
+    if entry.type == "local":
+        return "local"
+    key = (
+        entry.api_key.get_secret_value()
+        if entry.api_key
+        else os.environ.get(KEY_VARIABLES.get(entry.type, ""))
+    )
+    return entry.type, key
+
+
+def _group_key(entry: ModelConfig) -> object:
+    if entry.type != "local":
+        return None
+    engine = json.dumps(dict(entry.engine), sort_keys=True, default=str)
+    return entry.weights, entry.revision, entry.dtype, entry.device, entry.trust_remote_code, engine
+
+
+def _group_name(entries: list[ModelConfig]) -> str:
+    return ", ".join(dict.fromkeys(entry.name for entry in entries))
+
+
+def _type_of(groups: Mapping[object, list[ModelConfig]]) -> str:
+    return next(iter(groups.values()))[0].type
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """claude, claude -> claude, claude-2: two accounts of one provider are two lanes."""
+    counts: dict[str, int] = {}
+    distinct = []
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+        distinct.append(name if counts[name] == 1 else f"{name}-{counts[name]}")
+    return distinct

@@ -1,0 +1,143 @@
+"""`_runs/<run_id>.json`: what produced a run's answers, so that a paper can cite it.
+
+{"run_id": "20261123-083758-a1b2c3", "status": "finished", "started_at": ..., "ended_at": ...,
+ "hallubench": {"version": ..., "git_commit": ...}, "command": [...], "config": {...},
+ "prompts": {"path": ..., "sha256": ..., "count": ...}, "packages": {...}, "machine": {...},
+ "providers": {"<model>": {...}}, "counts": {...}, "problems": [...]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import distributions, version
+from pathlib import Path
+from typing import Any, Literal
+
+import hallubench
+from hallubench.config import Config
+from hallubench.errors import DiskError
+
+Status = Literal["running", "finished", "interrupted", "failed"]
+
+
+def new_run_id(now: datetime) -> str:
+    """A run's name; names sort by their start."""
+    return f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+class RunRecord:
+    """The record of one run, on disk from its start and rewritten whole when something is added.
+
+    Raises:
+        DiskError: the record cannot be written.
+    """
+
+    def __init__(self, runs_dir: Path, run_id: str, config: Config, prompts: dict[str, Any]) -> None:
+        self._path = runs_dir / f"{run_id}.json"
+        self._record: dict[str, Any] = {
+            "run_id": run_id,
+            "status": "running",
+            "started_at": _now(),
+            "ended_at": None,
+            "hallubench": {"version": version("hallubench"), "git_commit": _git_commit()},
+            "config": config.to_json(),
+            "prompts": prompts,
+            "packages": {dist.name: dist.version for dist in sorted(distributions(), key=lambda d: d.name)},
+            "machine": _machine(),
+            "providers": {},
+            "counts": {},
+            "problems": [],
+        }
+        self._write()
+
+    def add(self, name: str, facts: object) -> None:
+        """Add what a provider says of the model that it answers with."""
+        self._record["providers"].setdefault(name, []).append(facts)
+        self._write()
+
+    def end(self, status: Status, counts: dict[str, Any], problems: list[str]) -> None:
+        """Complete the record."""
+        self._record |= {"status": status, "ended_at": _now(), "counts": counts, "problems": problems}
+        self._write()
+
+    def _write(self) -> None:
+        temporary = self._path.with_suffix(".json.tmp")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(self._record, file, indent=2, default=str)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self._path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise DiskError(
+                f"{self._path}: cannot be written: {error.strerror}; make room and run again"
+            ) from None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def _git_commit() -> str | None:
+    """The commit of a source checkout, "+changes" behind it where files differ; None when installed."""
+    source = Path(hallubench.__file__).parents[1]
+    if not (source / ".git").exists() or not (git := shutil.which("git")):
+        return None
+
+    def ask(*arguments: str) -> str:
+        answer = subprocess.run(  # noqa: S603 - fixed arguments
+            [git, "-C", str(source), *arguments], capture_output=True, text=True, check=False
+        )
+        return answer.stdout.strip()
+
+    commit = ask("rev-parse", "HEAD")
+    return (
+        f"{commit}+changes" if commit and ask("status", "--porcelain", "--", "hallubench") else commit or None
+    )
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "platform": platform.platform(),
+        "python": sys.version.split()[0],
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": gpus(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
+    )
+
+
+def gpus() -> list[dict[str, str]]:
+    """NVIDIA GPUs as the driver lists them; empty without a driver."""
+    if not (nvidia_smi := shutil.which("nvidia-smi")):
+        return []
+    fields = ("name", "memory.total", "driver_version", "uuid")
+    try:
+        answer = subprocess.run(  # noqa: S603 - fixed arguments
+            [nvidia_smi, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [dict(zip(fields, line.split(", "), strict=True)) for line in answer.stdout.splitlines()]
