@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Container, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +31,10 @@ from hallubench.writer import Writer
 
 GRACE_SECONDS = 5.0
 """After an interrupt, requests in flight may finish for so long: they may be paid for."""
+
+SIGNAL_SECONDS = 0.2
+"""How long a Ctrl-C may go unnoticed. polars installs a signal handler that restarts system calls, so a
+wait without an end would not be woken."""
 
 
 @dataclass(slots=True)
@@ -78,12 +82,13 @@ def run(config: Config, *, fresh: bool = False, display: Display | None = None) 
             answered = answered_ids(output)  # again, now that nobody else writes
             generation = _Generation(plan, store, run_id, answered, shown)
             with ThreadPoolExecutor(1, thread_name_prefix="hallubench") as thread:
-                ending = thread.submit(asyncio.run, generation.run())
-                while True:
+                ending = thread.submit(generation.run_until_complete)
+                while not ending.done():
                     try:
-                        return ending.result()
+                        wait([ending], timeout=SIGNAL_SECONDS)
                     except KeyboardInterrupt:
                         generation.interrupt()
+                return ending.result()
 
 
 def prepare(config: Config) -> tuple[Path, Plan]:
@@ -114,7 +119,7 @@ class _Generation:
         self._survey = plan.survey(answered)
         open_ = sum(self._survey.pending)
         self._result = Result(run_id, store.folder, self._survey.requests - open_, pending=open_)
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop = asyncio.new_event_loop()
         self._interrupts = 0
         self._end_soon = asyncio.Event()
         self._end_now = asyncio.Event()
@@ -122,13 +127,15 @@ class _Generation:
     def interrupt(self) -> None:
         """End soon; called again, end now. May be called from any thread."""
         self._interrupts += 1
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe((self._end_soon if self._interrupts == 1 else self._end_now).set)
+        event = self._end_soon if self._interrupts == 1 else self._end_now
+        with suppress(RuntimeError):  # the loop has just ended by itself
+            self._loop.call_soon_threadsafe(event.set)
 
-    async def run(self) -> Result:
-        self._loop = asyncio.get_running_loop()
-        if self._interrupts:
-            self._end_soon.set()
+    def run_until_complete(self) -> Result:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            return runner.run(self._run())
+
+    async def _run(self) -> Result:
         result = self._result
         self._record = RunRecord(
             self._store.runs_dir,
@@ -170,7 +177,8 @@ class _Generation:
         finally:
             for future in (running, soon, now, broken):
                 future.cancel()
-            await asyncio.wait([running])
+            with suppress(asyncio.CancelledError):
+                await running
 
     async def _run_lane(self, lane: Lane) -> None:
         for group in lane.groups:
@@ -208,6 +216,7 @@ class _Generation:
             open_provider(group.entries[0].type, context) as provider,
             aclosing(provider.generate(draw())) as completions,
         ):
+            self._display.begin(lane.name)
             async for completion in completions:
                 request = in_flight.pop(completion.request_id)
                 await self._writer.put(Row(self._run_id, request, completion, None))

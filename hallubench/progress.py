@@ -40,6 +40,9 @@ class Display(Protocol):
     def start(self, totals: Mapping[str, int]) -> None:
         """Name the lanes and how many requests each has to answer."""
 
+    def begin(self, lane: str) -> None:
+        """A lane can ask now; until then it was loading."""
+
     def advance(self, lane: str, *, failed: bool, tokens: int) -> None:
         """One more request of a lane has its completion."""
 
@@ -57,6 +60,9 @@ class Silent:
         pass
 
     def start(self, totals: Mapping[str, int]) -> None:
+        pass
+
+    def begin(self, lane: str) -> None:
         pass
 
     def advance(self, lane: str, *, failed: bool, tokens: int) -> None:
@@ -108,6 +114,9 @@ class _Bars(Silent):
             self._counts[lane] = _Count(total, time.monotonic)
             self._tasks[lane] = self._progress.add_task(printable(lane), total=total, rate="", errors="")
 
+    def begin(self, lane: str) -> None:
+        self._counts[lane].begin()
+
     def advance(self, lane: str, *, failed: bool, tokens: int) -> None:
         count = self._counts[lane]
         count.add(failed=failed, tokens=tokens)
@@ -134,6 +143,9 @@ class _Lines(Silent):
         for lane, total in totals.items():
             self.note(f"{lane}: {total} requests")
 
+    def begin(self, lane: str) -> None:
+        self._counts[lane].begin()
+
     def advance(self, lane: str, *, failed: bool, tokens: int) -> None:
         count = self._counts[lane]
         count.add(failed=failed, tokens=tokens)
@@ -154,10 +166,11 @@ class _Count:
     tokens: int = 0
     begun: float | None = None
 
-    def add(self, *, failed: bool, tokens: int) -> None:
-        # Loading a model is not answering: the rate counts from the first completion.
+    def begin(self) -> None:
         if self.begun is None:
             self.begun = self.clock()
+
+    def add(self, *, failed: bool, tokens: int) -> None:
         self.done += 1
         self.failed += failed
         self.tokens += tokens
@@ -166,8 +179,6 @@ class _Count:
         return max(self.clock() - (self.begun or 0.0), 1e-9)
 
     def rate(self) -> str:
-        if self.done < 2:
-            return ""
         return f"{self.done / self._seconds():.1f}/s {self.tokens / self._seconds():,.0f} tokens/s"
 
     def line(self) -> str:

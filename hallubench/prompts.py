@@ -54,6 +54,18 @@ Entry: TypeAlias = dict[str, Any]
 MAX_NESTING = 500
 """Levels of lists and objects. Well inside Python's recursion limit, so that what was read can be written."""
 
+_FIELDS = {
+    "id",
+    "prompt",
+    "messages",
+    "category",
+    "is_synthetic_probe",
+    "gold_label",
+    "gold_refs",
+    "original_id",
+}
+_ALIASES = {"prompt_id": "id", "prompt_category": "category"}
+
 
 @dataclass(frozen=True, slots=True)
 class PromptFile:
@@ -475,7 +487,7 @@ def _to_message(turn: Any, position: int) -> Message:
     return Message(role, _require_text(f"{what}.content", turn.get("content")))
 
 
-# Messages.
+# What the errors say.
 
 
 @contextmanager
@@ -519,17 +531,6 @@ def _listed(names: Iterable[str]) -> str:
 
 
 _NESTED_TOO_DEEP = f"nested deeper than {MAX_NESTING} levels: flatten it"
-_FIELDS = {
-    "id",
-    "prompt",
-    "messages",
-    "category",
-    "is_synthetic_probe",
-    "gold_label",
-    "gold_refs",
-    "original_id",
-}
-_ALIASES = {"prompt_id": "id", "prompt_category": "category"}
 _CELL_PARSERS: dict[str, Callable[[str], Any]] = {
     "messages": _parse_json,
     "gold_refs": _parse_json,

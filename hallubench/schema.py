@@ -135,7 +135,7 @@ _READ: Mapping[str, Callable[[Row], Any]] = {
     "max_tokens": lambda row: row.request.params.max_tokens,
     "stop": lambda row: [_utf8(text) for text in row.request.params.stop] or None,
     "seed": lambda row: row.request.params.seed,
-    "options": lambda row: _json(row.request.options) if row.request.options else None,
+    "options": lambda row: _json(dict(sorted(row.request.options.items()))) if row.request.options else None,
     "input_tokens": lambda row: row.completion.usage.input_tokens,
     "output_tokens": lambda row: row.completion.usage.output_tokens,
     "cached_tokens": lambda row: row.completion.usage.cached_tokens,
@@ -180,7 +180,7 @@ def _texts(texts: Iterable[str] | None) -> list[str | None] | None:
 
 def _json(value: Any) -> str:
     # ASCII escapes keep even a lone surrogate exactly as it came.
-    return json.dumps(value, sort_keys=True, default=str)
+    return json.dumps(value, default=str)
 
 
 def _utf8(text: str | None) -> str | None:

@@ -11,6 +11,7 @@ import asyncio
 import gc
 import hashlib
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -26,12 +27,15 @@ from typing import Any
 
 from hallubench.config import ModelConfig
 from hallubench.errors import LaneError
-from hallubench.providers import Context
+from hallubench.providers import Context, vllm_plugin
 from hallubench.types import Completion, FinishReason, Logprobs, Request, Usage
 
 CPU_MAX_MODEL_LEN = 8192
 """Longest context on a CPU unless `engine.max_model_len` says otherwise: there, a prompt is prefilled in
 one piece, so that memory grows with the longest one."""
+
+STEP_SECONDS = 2.0
+"""How long an interrupted run waits for the engine's current step before it ends the engine."""
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf", "config.json", "tokenizer*", "chat_template*")
 
@@ -47,11 +51,31 @@ async def open_vllm(context: Context) -> AsyncIterator[VllmProvider]:
     log = context.runs_dir / f"{context.run_id}.vllm.log"
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1, thread_name_prefix="vllm") as thread:
-        engine = await loop.run_in_executor(thread, _Engine, entry, context, log)
+        loading = loop.run_in_executor(thread, _Engine, entry, context, log)
+        try:
+            engine = await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            await _give_up(loading, thread)
+            raise
         try:
             yield VllmProvider(engine, thread)
         finally:
             await loop.run_in_executor(thread, engine.close)
+
+
+async def _give_up(loading: asyncio.Future[_Engine], thread: ThreadPoolExecutor) -> None:
+    """End an engine that is still loading: its thread cannot be interrupted, its processes can."""
+    while not loading.done():
+        _kill_engines()
+        await asyncio.wait([loading], timeout=0.2)
+    if loading.exception() is None:
+        await asyncio.get_running_loop().run_in_executor(thread, loading.result().close)
+
+
+def _kill_engines() -> None:
+    for process in multiprocessing.active_children():
+        if process.name.startswith("EngineCore"):
+            process.kill()
 
 
 class VllmProvider:
@@ -83,7 +107,10 @@ class VllmProvider:
             await driving
         finally:
             stop.set()
-            await asyncio.wait([driving])
+            await asyncio.wait([driving], timeout=STEP_SECONDS)
+            if not driving.done():
+                _kill_engines()
+                await asyncio.wait([driving])
             driving.exception()  # seen: it was raised above, or the caller has stopped listening
 
 
@@ -257,6 +284,9 @@ def engine_arguments(entry: ModelConfig, seed: int | None) -> dict[str, Any]:
     (it takes longer than it saves), a KV cache that leaves room for others, and no chunked prefill,
     because a seeded request whose prompt is prefilled in chunks kills vLLM's CPU engine.
     """
+    os.environ[vllm_plugin.MARK] = "1"
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork would copy locks and threads
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
@@ -276,7 +306,6 @@ def engine_arguments(entry: ModelConfig, seed: int | None) -> dict[str, Any]:
         return arguments | dict(entry.engine)
     import psutil
 
-    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     arguments["enforce_eager"] = True
     if not {"gpu_memory_utilization", "kv_cache_memory_bytes"} & entry.engine.keys() and (
         "VLLM_CPU_KVCACHE_SPACE" not in os.environ
