@@ -1,4 +1,4 @@
-"""What `make demo` prints: how often does the model say yes to things that do not exist?
+"""How often the demo's model says yes to things that do not exist: what `make demo` prints at its end.
 
 The demo's existence questions ask for yes or no first, so an answer is a yes if it begins with one.
 Those about real things stand beside the made-up ones: a model that always says yes knows nothing.

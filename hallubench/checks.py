@@ -77,8 +77,9 @@ def _check_prompts(config: Config) -> Check:
         prompts = PromptFile(Path(config.prompts_file), config.num_prompts)
         survey = make_plan(config, prompts).survey()
     except InputError as error:
-        return Check("prompts", str(error), "correct the file")
-    return Check("prompts", f"{config.prompts_file}: {survey.prompts} prompts, {survey.requests} requests")
+        return Check("prompts", printable(error, longest=2000), "correct the file")
+    counts = f"{survey.prompts} prompts, {survey.requests} requests"
+    return Check("prompts", f"{printable(config.prompts_file)}: {counts}")
 
 
 def _check_package(package: str, type_: str) -> Check:
@@ -103,14 +104,14 @@ def _check_gpu(entries: list[ModelConfig]) -> Check:
     return Check(
         "GPU",
         f"none found, and {printable(wanting.name)} says `device: cuda`",
-        "write `device: cpu` to run it on the CPU, leave it out with --models, or go where `nvidia-smi` works",
+        "write `device: cpu` to run it on the CPU, leave it out with --models, or go where nvidia-smi works",
     )
 
 
 def _check_weights(entry: ModelConfig) -> Check:
     subject = f"model {printable(entry.name)}"
     folder = Path(entry.weights)
-    if folder.is_dir():
+    if _is_folder(folder):
         if (folder / "config.json").is_file():
             return Check(subject, f"folder {printable(folder)}")
         return Check(
@@ -121,16 +122,25 @@ def _check_weights(entry: ModelConfig) -> Check:
     return _check_repository(subject, entry)
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name too long for the file system
+        return False
+
+
 def _is_path(weights: str) -> bool:
     return weights.startswith((".", "/", "~")) or weights.count("/") > 1 or "\\" in weights
 
 
 def _check_repository(subject: str, entry: ModelConfig) -> Check:
-    # Imported late: most commands need no model.
-    from huggingface_hub import constants, model_info, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
-
     name = printable(entry.weights)
+    try:  # imported late: most commands need no model, and only vLLM brings it
+        from huggingface_hub import constants, model_info, try_to_load_from_cache
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+    except ImportError:
+        found = f"no folder {name}, and without huggingface_hub no way to the hub"
+        return Check(subject, found, "correct `model_path`, or run: pip install huggingface_hub")
     try:
         if isinstance(try_to_load_from_cache(entry.weights, "config.json", revision=entry.revision), str):
             return Check(subject, f"{name} in the Hugging Face cache")
@@ -163,7 +173,7 @@ def _check_repository(subject: str, entry: ModelConfig) -> Check:
 
 def _check_memory(entries: list[ModelConfig]) -> Check:
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    folders = [Path(entry.weights) for entry in entries if Path(entry.weights).is_dir()]
+    folders = [Path(entry.weights) for entry in entries if _is_folder(Path(entry.weights))]
     largest = max(
         (sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in folders), default=0
     )
@@ -185,8 +195,11 @@ def _check_keys(type_: str, entries: list[ModelConfig]) -> Iterator[Check]:
 
 
 def _check_disk(output: Path) -> Check:
-    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     subject = f"disk under {printable(output)}"
+    try:
+        existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    except OSError as error:
+        return Check(subject, f"cannot be read: {error.strerror}", "choose another `output_dir`")
     if not existing.is_dir():
         return Check(subject, f"{printable(existing)} is a file", "choose another `output_dir`")
     if not os.access(existing, os.W_OK | os.X_OK):

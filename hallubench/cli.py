@@ -90,11 +90,13 @@ def generate(path: Path, resume: bool, fresh: bool, dry_run: bool, **overrides: 
     from hallubench.progress import display
 
     terminated = _end_cleanly_on_sigterm()
-    result = run(config, fresh=fresh, display=display())
+    try:
+        result = run(config, fresh=fresh, display=display())
+    except KeyboardInterrupt:  # before anything was asked, or once more while the last rows were written
+        _end_interrupted(terminated)
     _echo_result(result)
     if result.interrupted:
-        click.echo(f"Interrupted. To go on, run the same command again:\n  {_again()}", err=True)
-        raise SystemExit(143 if terminated else 130)
+        _end_interrupted(terminated)
     if result.problems:
         click.echo(f"Not finished. Correct what is named above, then run again:\n  {_again()}", err=True)
         raise SystemExit(1)
@@ -130,7 +132,7 @@ def export_json(folder: Path, layout: Any, logprob_tokens: str, output: Path | N
         )
     tokens = None if logprob_tokens == "all" else int(logprob_tokens)
     for file in export(folder, output=output, layout=layout, logprob_tokens=tokens, now=datetime.now(UTC)):
-        click.echo(file)
+        click.echo(printable(file, longest=5000))
 
 
 @main.command()
@@ -168,16 +170,15 @@ def _load(path: Path, *, max_concurrency: int | None = None, **options: Any) -> 
 def _echo_result(result: Result) -> None:
     from hallubench.status import summarize, summary_lines
 
+    output = printable(result.output, longest=1000)
     if result.run_id is None:
-        click.echo(
-            f"Nothing left to ask: all {result.already_answered} requests are answered in {result.output}."
-        )
+        click.echo(f"Nothing left to ask: all {result.already_answered} requests are answered in {output}.")
         return
     for line in summary_lines(summarize(result.output)):
         click.echo(line)
     click.echo(
         f"Run {result.run_id}: {result.answered} answered, {result.failed} failed, {result.pending} pending, "
-        f"{result.already_answered} answered before. Store: {result.output}"
+        f"{result.already_answered} answered before. Store: {output}"
     )
     for problem in result.problems:
         click.echo(f"Error: {printable(problem, longest=2000)}", err=True)
@@ -186,7 +187,13 @@ def _echo_result(result: Result) -> None:
 def _again() -> str:
     import shlex
 
-    return shlex.join(["hallubench", *(argument for argument in sys.argv[1:] if argument != "--fresh")])
+    command = shlex.join(["hallubench", *(argument for argument in sys.argv[1:] if argument != "--fresh")])
+    return printable(command, longest=5000)
+
+
+def _end_interrupted(terminated: list[int]) -> NoReturn:
+    click.echo(f"Interrupted. To go on, run the same command again:\n  {_again()}", err=True)
+    raise SystemExit(143 if terminated else 130)
 
 
 def _end_cleanly_on_sigterm() -> list[int]:

@@ -71,14 +71,14 @@ def run(config: Config, *, fresh: bool = False, display: Display | None = None) 
     """
     with display or Silent() as shown:
         output, plan = prepare(config)
-        answered = frozenset() if fresh else answered_ids(output)
-        pending = plan.survey(answered).pending
-        if not any(pending):
-            return Result(None, output, already_answered=len(answered))
-        require_ready([entry for entry, count in zip(config.models, pending, strict=True) if count])
-        if fresh:
-            set_aside(output, {entry.name for entry in config.models}, datetime.now(UTC))
+        answered = answered_ids(output)  # refuses a folder that is no store, with `fresh` too
+        survey = plan.survey(frozenset() if fresh else answered)
+        if not any(survey.pending):
+            return Result(None, output, already_answered=survey.requests)
+        require_ready([entry for entry, count in zip(config.models, survey.pending, strict=True) if count])
         with Store(output, run_id := new_run_id(datetime.now(UTC))) as store:
+            if fresh:
+                set_aside(output, {entry.name for entry in config.models}, datetime.now(UTC))
             answered = answered_ids(output)  # again, now that nobody else writes
             generation = _Generation(plan, store, run_id, answered, shown)
             with ThreadPoolExecutor(1, thread_name_prefix="hallubench") as thread:
@@ -146,7 +146,7 @@ class _Generation:
         try:
             async with Writer(self._store) as self._writer:
                 await self._run_lanes()
-        except HallubenchError as error:
+        except Exception as error:
             result.problems.append(str(error))
             raise
         finally:
@@ -190,7 +190,8 @@ class _Generation:
                 self._problem(lane, str(error))
             except Exception as error:  # a fault of ours or of an SDK must not touch the other lanes
                 log = self._store.runs_dir / f"{self._run_id}.traceback.txt"
-                log.write_text(traceback.format_exc())
+                with suppress(OSError):  # a full disk is the writer's to report
+                    log.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
                 self._problem(lane, f"{group.name}: unexpected {type(error).__name__}: {error} (see {log})")
 
     async def _run_group(self, lane: Lane, group: Group) -> None:

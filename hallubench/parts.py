@@ -26,7 +26,8 @@ from hallubench.schema import SCHEMA
 from hallubench.text import printable
 
 PART_NAME = re.compile(r"part-(?P<run_id>[0-9A-Za-z-]+)-(?P<number>\d+)\.parquet")
-TEMPORARY_PREFIX = ".writing-"
+TEMPORARY_SUFFIX = ".writing"
+"""Not .parquet: a reader's `*.parquet` must never meet a part that is not whole."""
 REPLACES = b"hallubench_replaces"
 MARK = b"hallubench_schema"
 LONGEST_FOLDER_NAME = 200
@@ -68,7 +69,10 @@ def live_parts(model_dir: Path) -> list[Part]:
     Raises:
         StoreError: a file is not a whole part of a store.
     """
-    parts = [open_part(path) for path in sorted(model_dir.glob("*.parquet"))]
+    while True:
+        with suppress(FileNotFoundError):  # merged into another one since the folder was listed
+            parts = [open_part(path) for path in sorted(model_dir.glob("*.parquet"))]
+            break
     replaced = {name for part in parts for name in part.replaces}
     return [part for part in parts if part.path.name not in replaced]
 
@@ -78,9 +82,12 @@ def open_part(path: Path) -> Part:
 
     Raises:
         StoreError: it is no Parquet file, or not one of ours.
+        FileNotFoundError: it is gone.
     """
     try:
         metadata = pq.read_metadata(path)
+    except FileNotFoundError:
+        raise
     except (pa.ArrowInvalid, OSError) as error:
         raise StoreError(f"{printable(path)}: not a whole Parquet file ({printable(error, 80)})") from None
     if not PART_NAME.fullmatch(path.name) or MARK not in (metadata.metadata or {}):
@@ -90,7 +97,7 @@ def open_part(path: Path) -> Part:
 
 def remove_remains(model_dir: Path) -> None:
     """Finish what a killed run began: remove half-written files and parts merged into others."""
-    for path in model_dir.glob(f"{TEMPORARY_PREFIX}*"):
+    for path in model_dir.glob(f"*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
     live = {part.path for part in live_parts(model_dir)}
     for path in model_dir.glob("*.parquet"):
@@ -104,7 +111,7 @@ def write_part(path: Path, tables: Iterator[pa.Table], replaces: list[str] | Non
     Raises:
         DiskError: the disk is full, read-only or broken; nothing is left of the part.
     """
-    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

@@ -136,10 +136,11 @@ class _Lines(Silent):
         self._stream = stream
         self._clock = clock
         self._counts: dict[str, _Count] = {}
-        self._shown = clock()
+        self._shown: dict[str, float] = {}
 
     def start(self, totals: Mapping[str, int]) -> None:
         self._counts = {lane: _Count(total, self._clock) for lane, total in totals.items()}
+        self._shown = dict.fromkeys(totals, self._clock())
         for lane, total in totals.items():
             self.note(f"{lane}: {total} requests")
 
@@ -149,12 +150,13 @@ class _Lines(Silent):
     def advance(self, lane: str, *, failed: bool, tokens: int) -> None:
         count = self._counts[lane]
         count.add(failed=failed, tokens=tokens)
-        if count.done == count.total or self._clock() - self._shown >= SECONDS_BETWEEN_LINES:
-            self._shown = self._clock()
+        if count.done == count.total or self._clock() - self._shown[lane] >= SECONDS_BETWEEN_LINES:
+            self._shown[lane] = self._clock()
             self.note(f"{lane}: {count.line()}")
 
     def note(self, line: str) -> None:
-        print(printable(line, longest=1000), file=self._stream, flush=True)
+        with suppress(OSError):  # nobody reads any more: no reason to stop asking
+            print(printable(line, longest=1000), file=self._stream, flush=True)
 
 
 @dataclass

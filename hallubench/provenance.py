@@ -1,7 +1,7 @@
 """`_runs/<run_id>.json`: what produced a run's answers, so that a paper can cite it.
 
 {"run_id": "20261123-083758-a1b2c3", "status": "finished", "started_at": ..., "ended_at": ...,
- "hallubench": {"version": ..., "git_commit": ...}, "command": [...], "config": {...},
+ "hallubench": {"version": ..., "git_commit": ...}, "config": {...},
  "prompts": {"path": ..., "sha256": ..., "count": ...}, "packages": {...}, "machine": {...},
  "providers": {"<model>": {...}}, "counts": {...}, "problems": [...]}
 """
@@ -49,7 +49,7 @@ class RunRecord:
             "hallubench": {"version": version("hallubench"), "git_commit": _git_commit()},
             "config": config.to_json(),
             "prompts": prompts,
-            "packages": {dist.name: dist.version for dist in sorted(distributions(), key=lambda d: d.name)},
+            "packages": _packages(),
             "machine": _machine(),
             "providers": {},
             "counts": {},
@@ -84,6 +84,11 @@ class RunRecord:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat()
+
+
+def _packages() -> dict[str, str]:
+    # What an interrupted pip leaves behind has no name.
+    return dict(sorted((dist.name, dist.version) for dist in distributions() if dist.name))
 
 
 def _git_commit() -> str | None:
@@ -140,4 +145,5 @@ def gpus() -> list[dict[str, str]]:
         )
     except (OSError, subprocess.SubprocessError):
         return []
-    return [dict(zip(fields, line.split(", "), strict=True)) for line in answer.stdout.splitlines()]
+    values = (line.split(", ") for line in answer.stdout.splitlines())
+    return [dict(zip(fields, gpu, strict=True)) for gpu in values if len(gpu) == len(fields)]

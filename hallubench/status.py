@@ -86,7 +86,7 @@ def status_lines(folder: Path) -> Iterator[str]:
     """What `hallubench status` prints: the summary, the errors, and the runs that wrote the store."""
     yield from summary_lines(summarize(folder))
     for row in record_errors(folder).iter_rows(named=True):
-        model, kind = printable(row["model"], longest=60), row["error_type"]
+        model, kind = printable(row["model"], longest=60), printable(row["error_type"])
         yield f"{row['requests']} of {model} failed with {kind}: {printable(row['example'], longest=200)}"
     for path in sorted((folder / RUNS).glob("*.json")):
         yield _run_line(path)

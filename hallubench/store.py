@@ -163,7 +163,7 @@ def answered_ids(folder: Path) -> frozenset[str]:
     Raises:
         StoreError: the folder is a file, or holds Parquet that is not ours.
     """
-    if not folder.exists():
+    if not _exists(folder):
         return frozenset()
     check_ours(folder, may_be_empty=True)
     parts = [part.path for model_dir in model_folders(folder) for part in live_parts(model_dir)]
@@ -175,6 +175,7 @@ def answered_ids(folder: Path) -> frozenset[str]:
 
 def set_aside(folder: Path, models: set[str], now: datetime) -> Path | None:
     """Move what is stored of some models into a folder beside the store; None if there is nothing."""
+    folder = folder.resolve()  # "." has no name to put another one beside
     found = [folder / model_folder(model) for model in sorted(models)]
     found = [model_dir for model_dir in found if model_dir.is_dir()]
     if not found:
@@ -198,7 +199,7 @@ def check_ours(folder: Path, *, may_be_empty: bool = False) -> None:
         StoreError: it does not exist, is a file, or holds Parquet files of somebody else.
     """
     shown = printable(folder)
-    if not folder.exists():
+    if not _exists(folder):
         raise StoreError(f"{shown}: no such folder; give the output folder of a run")
     if not folder.is_dir():
         raise StoreError(f"{shown}: is a file; give the output folder of a run")
@@ -222,6 +223,15 @@ def _only_newest(frame: pl.LazyFrame, parts: Sequence[Part]) -> pl.LazyFrame:
     return frame.join(outdated.lazy(), on=["request_id", "run_id"], how="anti", maintain_order="left")
 
 
+def _exists(folder: Path) -> bool:
+    try:
+        return folder.exists()
+    except OSError as error:
+        raise StoreError(
+            f"{printable(folder)}: cannot be read: {error.strerror}; choose another output folder"
+        ) from None
+
+
 def _lock(folder: Path) -> int:
     """Lock a folder for as long as this process lives.
 
@@ -229,15 +239,14 @@ def _lock(folder: Path) -> int:
         StoreError: it cannot be made or written, or another run holds it.
     """
     shown = printable(folder)
-    if folder.exists() and not folder.is_dir():
+    if _exists(folder) and not folder.is_dir():
         raise StoreError(f"{shown}: is a file; choose another output folder")
     try:
         (folder / RUNS).mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / RUNS / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise StoreError(
-            f"{shown}: cannot be written: {error.strerror}; choose another output folder"
-        ) from None
+    except (OSError, ValueError) as error:
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise StoreError(f"{shown}: cannot be written: {problem}; choose another output folder") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -8,7 +8,6 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-from hallubench.errors import HallubenchError
 from hallubench.schema import Row
 from hallubench.store import Store
 
@@ -64,7 +63,7 @@ class Writer:
                 await loop.run_in_executor(self._thread, self._append, rows)
                 self._room.set()
             await loop.run_in_executor(self._thread, self._store.flush)
-        except HallubenchError:
+        except Exception:
             self.broken.set()
             raise
         finally:

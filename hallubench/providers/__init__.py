@@ -62,6 +62,7 @@ BUILTIN = {
     "local": "hallubench.providers.vllm:open_vllm",
     "claude": "hallubench.providers.anthropic:open_anthropic",
     "gemini": "hallubench.providers.gemini:open_gemini",
+    "openai": "hallubench.providers.openai:open_openai",
     "echo": "hallubench.providers.echo:open_echo",
 }
 

@@ -160,19 +160,22 @@ class _Engine:
         """Feed the engine from `requests` and emit what each step finishes, until both are empty."""
         running: dict[str, Request] = {}
         exhausted = False
-        while not stop.is_set():
-            while not exhausted and len(running) < self._depth:
-                if (request := next(requests, None)) is None:
-                    exhausted = True
-                elif (refused := self._add(request)) is not None:
-                    emit([refused])
-                else:
-                    running[request.request_id] = request
-            if not running:
-                return
-            if done := [self._completion(running.pop(o.request_id), o) for o in self._step() if o.finished]:
-                emit(done)
-        self._engine.abort_request(list(running))
+        try:
+            while not stop.is_set():
+                while not exhausted and len(running) < self._depth:
+                    if (request := next(requests, None)) is None:
+                        exhausted = True
+                    elif (refused := self._add(request)) is not None:
+                        emit([refused])
+                    else:
+                        running[request.request_id] = request
+                if not running:
+                    return
+                finished = [output for output in self._step() if output.finished]
+                if finished:
+                    emit([self._completion(running.pop(output.request_id), output) for output in finished])
+        finally:
+            self._engine.abort_request(list(running))
 
     def close(self) -> None:
         """End the engine's processes and give their memory back."""
@@ -181,32 +184,23 @@ class _Engine:
         gc.collect()
 
     def _add(self, request: Request) -> Completion | None:
-        """Queue a request; a Completion only if the engine will not take it."""
-        from vllm.exceptions import VLLMValidationError
+        """Queue a request; a Completion only if it cannot be asked."""
+        from vllm.exceptions import VLLMClientError
 
         try:
-            tokens = self._tokenize(request.messages)
-            if len(tokens) >= self._max_model_len:
-                raise VLLMValidationError(
-                    f"the prompt has {len(tokens)} tokens and the context only {self._max_model_len}; "
-                    "shorten it, or raise engine.max_model_len"
-                )
+            tokens = tokenize(self._tokenizer, request.messages)
+        except Exception as error:  # a chat template is the model's own code, and may refuse a conversation
+            return _failed(request, f"the chat template refuses it: {error}", "chat_template")
+        if len(tokens) >= self._max_model_len:
+            problem = f"the prompt has {len(tokens)} tokens and the context only {self._max_model_len}"
+            return _failed(request, f"{problem}; shorten it, or raise engine.max_model_len", "context_length")
+        try:
             self._engine.add_request(
                 request.request_id, {"prompt_token_ids": tokens}, _sampling_params(request)
             )
-        except (ValueError, TypeError) as error:
-            too_long = "maximum model length" in str(error) or "the context only" in str(error)
-            return _failed(request, str(error), "context_length" if too_long else "invalid_request")
+        except (VLLMClientError, ValueError) as error:
+            return _failed(request, str(error), "invalid_request")
         return None
-
-    def _tokenize(self, messages: list[dict[str, str]]) -> list[int]:
-        if self._tokenizer.chat_template:
-            tokens: list[int] = self._tokenizer.apply_chat_template(
-                messages, tokenize=True, add_generation_prompt=True, return_dict=False
-            )
-            return tokens
-        turns = [f"{turn['role'].capitalize()}: {turn['content']}\n\n" for turn in messages]
-        return list(self._tokenizer.encode("".join(turns) + "Assistant:"))
 
     def _step(self) -> list[Any]:
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -244,6 +238,17 @@ class _Engine:
             prompt_logprobs=flatten(output.prompt_logprobs, output.prompt_token_ids, self._tokenizer.decode),
             logprobs_mode=self._logprobs_mode,
         )
+
+
+def tokenize(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation: by the chat template, or else as "User: ", its text and "Assistant:"."""
+    if tokenizer.chat_template:
+        tokens: list[int] = tokenizer.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        return tokens
+    turns = [f"{turn['role'].capitalize()}: {turn['content']}\n\n" for turn in messages]
+    return list(tokenizer.encode("".join(turns) + "Assistant:"))
 
 
 def flatten(flat: Any, token_ids: Sequence[int], decode: Callable[[list[int]], str]) -> Logprobs | None:

