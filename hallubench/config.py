@@ -34,7 +34,11 @@ from hallubench.text import printable
 PROVIDER_OF_TYPE = {"claude": "anthropic", "gemini": "gemini", "local": "vllm"}
 """What the store calls the provider of a `type`; a type that is not listed keeps its own name."""
 
-KEY_VARIABLES = {"claude": "ANTHROPIC_API_KEY", "gemini": "GOOGLE_API_KEY"}
+KEY_VARIABLES = {
+    "claude": "ANTHROPIC_API_KEY",
+    "gemini": "GOOGLE_API_KEY",
+    "openai": "OPENAI_API_KEY",
+}
 """Where an entry without `api_key` finds one."""
 
 ENV_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -48,6 +52,30 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, protected_namespaces=())
 
 
+class _Limits(_Section):
+    """What bounds an API account; on the config, or on an entry of `models`, which goes first."""
+
+    requests_per_minute: Annotated[Finite, Field(gt=0)] | None = None
+    """API: rate of the account, retries included; null for none."""
+    burst: Count | None = None
+    """API: requests that may go out at once after a pause."""
+    input_tokens_per_minute: Annotated[Finite, Field(gt=0)] | None = None
+    """API: tokens of prompts a minute."""
+    output_tokens_per_minute: Annotated[Finite, Field(gt=0)] | None = None
+    """API: tokens of answers a minute."""
+    max_concurrency: Count | None = None
+    """API: most requests in flight; not set: `async_settings.max_concurrency`, or what the server takes."""
+    timeout: Annotated[Finite, Field(gt=0)] | None = None
+    """API: seconds after which one attempt is given up."""
+
+    @field_validator(
+        "requests_per_minute", "input_tokens_per_minute", "output_tokens_per_minute", "timeout", mode="before"
+    )
+    @classmethod
+    def _a_whole_number_is_a_number(cls, value: Any) -> Any:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class AsyncSettings(_Section):
     """Legacy block of the API lanes."""
 
@@ -57,7 +85,7 @@ class AsyncSettings(_Section):
     """Accepted and without effect: requests are sent as soon as the budget allows, not in batches."""
 
 
-class ModelConfig(_Section):
+class ModelConfig(_Limits):
     """One entry of `models`: a model asked with one set of sampling parameters."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -102,7 +130,11 @@ class ModelConfig(_Section):
     """Local: further vLLM engine arguments, by vLLM's own names."""
 
     api_key: SecretStr | None = None
-    """API: a literal or ${VARIABLE}; not set: ANTHROPIC_API_KEY or GOOGLE_API_KEY."""
+    """API: a literal or ${VARIABLE}; not set: ANTHROPIC_API_KEY, GOOGLE_API_KEY or OPENAI_API_KEY."""
+    base_url: Annotated[str, Field(pattern="^https?://")] | None = None
+    """API: another server that speaks the same protocol."""
+    sdk: Literal["google-generativeai", "google-genai"] | None = None
+    """Gemini: the package that asks; google-generativeai where not set."""
 
     options: Mapping[str, Any] = Field(default_factory=dict)
     """Settings that only this type of provider understands."""
@@ -146,7 +178,7 @@ class ModelConfig(_Section):
         return str(Path(weights).expanduser()) if weights.startswith("~") else weights
 
 
-class Config(_Section):
+class Config(_Limits):
     """What one experiment asks, of which models, and how."""
 
     description: str | None = None
@@ -162,16 +194,15 @@ class Config(_Section):
     max_retries: Annotated[int, Field(ge=0, le=100, strict=True)] = 3
     """API: further tries after a failed one."""
     requests_per_minute: Annotated[Finite, Field(gt=0)] | None = 60.0
-    """API: the budget of each account."""
+    burst: Count | None = 10
+    timeout: Annotated[Finite, Field(gt=0)] | None = 600.0
     api_delay: Annotated[Finite, Field(ge=0)] | None = None
     """Accepted and without effect: `requests_per_minute` sets the pace."""
-    max_concurrency: Count | None = None
-    """API: most requests in flight on one account; stands before `async_settings.max_concurrency`."""
     async_settings: AsyncSettings = AsyncSettings()
     models: tuple[ModelConfig, ...]
     """The entries; the same name may stand several times with different settings."""
 
-    @field_validator("requests_per_minute", "api_delay", mode="before")
+    @field_validator("api_delay", mode="before")
     @classmethod
     def _whole_numbers_are_numbers(cls, value: Any) -> Any:
         return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -182,6 +213,14 @@ class Config(_Section):
         if not models:
             raise ValueError("is empty; add an entry with a name and a type")
         return models
+
+    def limit(self, entry: ModelConfig, key: str) -> Any:
+        """What holds for an entry: its own limit if it sets one, null included, else the config's."""
+        if key in entry.model_fields_set:
+            return getattr(entry, key)
+        if key == "max_concurrency" and self.max_concurrency is None:
+            return self.async_settings.max_concurrency
+        return getattr(self, key)
 
     def to_json(self) -> dict[str, Any]:
         """The config as plain JSON values, only what was set, every secret left out."""

@@ -1,125 +1,171 @@
-"""The files of a store: which parts there are, which of them count, and how one is written.
+"""The files of a store: which of them count, and how one is written.
 
-    OUTPUT/model=<percent-encoded>/part-<run_id>-<n>.parquet
+    OUTPUT/model=<percent-encoded>/part-<run_id>-<n>.parquet      what a run flushed
+    OUTPUT/model=<percent-encoded>/merged-<run_id>-<n>.parquet    what took the place of several parts
 
-A part is written under a temporary name, synced and renamed, and never changed. A part that was merged
-from others names them in its metadata, so that they stop counting the moment it exists, even if the
-process dies before it has removed them.
+A part is written under a temporary name, synced and renamed, and never changed. Its rows are in `ORDER`,
+and no two of them answer the same request. A merged part names in its metadata the parts that it takes
+the place of: they stop counting the moment it exists, even if the process dies before it removed them.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import math
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, TypeAlias
 from urllib.parse import quote
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hallubench.errors import DiskError, StoreError
-from hallubench.schema import SCHEMA
+from hallubench.schema import SCHEMA, valid_text
 from hallubench.text import printable
 
-PART_NAME = re.compile(r"part-(?P<run_id>[0-9A-Za-z-]+)-(?P<number>\d+)\.parquet")
+Source: TypeAlias = Path | BinaryIO
+"""Where a part is read from: its path or, held open, the file."""
+
+ORDER = ("prompt_index", "temperature", "sample_index", "request_id")
+MERGED = "merged-"
+PART_NAME = re.compile(rf"(part-|{MERGED})(?P<run_id>.+)-(?P<number>\d+)\.parquet")
 TEMPORARY_SUFFIX = ".writing"
-"""Not .parquet: a reader's `*.parquet` must never meet a part that is not whole."""
+"""Not .parquet: whoever reads `**/*.parquet` must not find half a file."""
 REPLACES = b"hallubench_replaces"
 MARK = b"hallubench_schema"
 LONGEST_FOLDER_NAME = 200
-ROW_GROUP_BYTES = 64 * 2**20
-"""Of a row group in memory: what a reader of whole rows has to hold at least."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A part and its footer."""
-
-    path: Path
-    metadata: pq.FileMetaData
-
-    @property
-    def replaces(self) -> frozenset[str]:
-        """Names of the parts whose rows it took over."""
-        names = (self.metadata.metadata or {}).get(REPLACES, b"").decode()
-        return frozenset(names.split(",")) - {""}
+NULL_TO_HIVE = "__HIVE_DEFAULT_PARTITION__"
+ROW_GROUP_BYTES = 32 * 2**20
+"""Of a row group in memory."""
+MOST_HELD_OPEN = 256
+"""A process may have about 1,000 files open."""
 
 
 def model_folder(model: str) -> str:
-    """The name of a model's folder: never a path, and short enough for every file system."""
-    encoded = quote(model, safe="", errors="surrogatepass")
-    if len(encoded) > LONGEST_FOLDER_NAME:
-        digest = hashlib.blake2b(model.encode(errors="surrogatepass"), digest_size=8).hexdigest()
-        encoded = f"{encoded[:LONGEST_FOLDER_NAME]}-{digest}"
-    return f"model={encoded}"
+    """The name of a model's folder: never a path, and short enough for every file system.
+
+    Readers of hive partitions take a model's name from `model=...`, even where the file has the column. A
+    name that cannot stand there whole gets a folder that is no partition. It sorts before the others: polars
+    judges by the first file whether there are partitions, and takes the column from the files if not.
+    """
+    encoded = quote(valid_text(model), safe="")
+    if len(encoded) <= LONGEST_FOLDER_NAME and encoded != NULL_TO_HIVE:
+        return f"model={encoded}"
+    digest = hashlib.blake2b(encoded.encode(), digest_size=8).hexdigest()
+    return f"model-{encoded[:LONGEST_FOLDER_NAME]}-{digest}"
 
 
 def model_folders(folder: Path) -> list[Path]:
     """The model folders of a store, by name."""
-    return sorted(path for path in folder.glob("model=*") if path.is_dir())
+    return sorted(path for path in folder.glob("model[-=]*") if path.is_dir())
 
 
-def live_parts(model_dir: Path) -> list[Part]:
+def part_paths(model_dir: Path) -> list[Path]:
+    """All parts of a model's folder, by name, also those that no longer count."""
+    return sorted(path for path in model_dir.iterdir() if PART_NAME.fullmatch(path.name))
+
+
+def live_parts(model_dir: Path) -> list[Path]:
     """The parts of a model's folder that count, by name.
 
     Raises:
-        StoreError: a file is not a whole part of a store.
+        StoreError: a merged part is damaged, or not ours.
     """
-    while True:
-        with suppress(FileNotFoundError):  # merged into another one since the folder was listed
-            parts = [open_part(path) for path in sorted(model_dir.glob("*.parquet"))]
-            break
-    replaced = {name for part in parts for name in part.replaces}
-    return [part for part in parts if part.path.name not in replaced]
+    paths = part_paths(model_dir)
+    replaced: set[str] = set()
+    for path in paths:
+        if path.name.startswith(MERGED):
+            replaced.update(_metadata(path).get(REPLACES, b"").decode().split("/"))
+    return [path for path in paths if path.name not in replaced]
 
 
-def open_part(path: Path) -> Part:
-    """Read a part's footer.
+@contextmanager
+def held_parts(model_dir: Path) -> Iterator[list[Source]]:
+    """The parts of a model's folder that count, for a reader that is not the folder's writer.
+
+    They are held open: the writer may merge them at any time, and an open file can be read although it is
+    removed. Of a folder with more than `MOST_HELD_OPEN` parts the paths are given instead.
 
     Raises:
-        StoreError: it is no Parquet file, or not one of ours.
-        FileNotFoundError: it is gone.
+        StoreError: a merged part is damaged, or not ours.
     """
-    try:
-        metadata = pq.read_metadata(path)
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StoreError(f"{printable(path)}: not a whole Parquet file ({printable(error, 80)})") from None
-    if not PART_NAME.fullmatch(path.name) or MARK not in (metadata.metadata or {}):
-        raise StoreError(f"{printable(path)}: not written by hallubench; choose another output folder")
-    return Part(path, metadata)
+    while True:
+        with ExitStack() as files:
+            found = part_paths(model_dir)
+            try:
+                paths = live_parts(model_dir)
+                hold = len(paths) <= MOST_HELD_OPEN
+                sources: list[Source] = [
+                    files.enter_context(path.open("rb")) if hold else path for path in paths
+                ]
+            except FileNotFoundError:
+                continue  # merged since it was found
+            # A listing made while files go can miss those that take their place.
+            if set(found) <= set(part_paths(model_dir)):
+                yield sources
+                return
+
+
+def scan_parts(sources: Sequence[Source]) -> pl.LazyFrame:
+    """All rows of some parts, those that do not count included."""
+    # The folder's name is not asked: the model column is in the file.
+    return pl.scan_parquet(list(sources), hive_partitioning=False, glob=False)  # type: ignore[arg-type]
+
+
+def check_part(path: Path) -> None:
+    """Refuse a file that is not a part of a store of this version.
+
+    Raises:
+        StoreError: it is damaged, or not ours.
+    """
+    shown = printable(path)
+    mark = _metadata(path).get(MARK) if PART_NAME.fullmatch(path.name) else None
+    if mark is None:
+        raise StoreError(f"{shown}: not written by hallubench; choose another output folder")
+    if mark != SCHEMA.metadata[MARK]:
+        raise StoreError(f"{shown}: written by another version of hallubench; choose another output folder")
 
 
 def remove_remains(model_dir: Path) -> None:
     """Finish what a killed run began: remove half-written files and parts merged into others."""
-    for path in model_dir.glob(f"*{TEMPORARY_SUFFIX}"):
-        path.unlink(missing_ok=True)
-    live = {part.path for part in live_parts(model_dir)}
-    for path in model_dir.glob("*.parquet"):
-        if path not in live:
-            path.unlink(missing_ok=True)
+    live = set(live_parts(model_dir))
+    for path in model_dir.iterdir():
+        half_written = path.name.endswith(f".parquet{TEMPORARY_SUFFIX}")
+        if half_written or (PART_NAME.fullmatch(path.name) and path not in live):
+            path.unlink()
 
 
-def write_part(path: Path, tables: Iterator[pa.Table], replaces: list[str] | None = None) -> None:
+def write_part(path: Path, tables: Iterable[pa.Table], replaces: Sequence[Path] = ()) -> None:
     """Write a part whole or not at all.
+
+    Args:
+        path: its name; there must be no such file yet.
+        tables: its rows, in `ORDER`.
+        replaces: parts of the same folder whose place it takes.
 
     Raises:
         DiskError: the disk is full, read-only or broken; nothing is left of the part.
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True)
+            _sync_folder(path.parent.parent)
+        with temporary.open("xb") as file:
             with pq.ParquetWriter(file, SCHEMA, **_WRITER_OPTIONS) as writer:
                 if replaces:
-                    writer.add_key_value_metadata({REPLACES.decode(): ",".join(replaces)})
+                    # No file name has a slash in it.
+                    writer.add_key_value_metadata(
+                        {REPLACES.decode(): "/".join(part.name for part in replaces)}
+                    )
                 for table in tables:
-                    writer.write_table(table, row_group_size=rows_per_group(table))
+                    writer.write_table(table, row_group_size=_rows_per_group(table))
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
@@ -127,15 +173,30 @@ def write_part(path: Path, tables: Iterator[pa.Table], replaces: list[str] | Non
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        problem = error.strerror or error
+        remedy = "make room" if error.errno in _NO_ROOM else "make it writable"
+        problem = printable(error.strerror or error)
         raise DiskError(
-            f"{printable(path.parent)}: cannot be written: {problem}; make room, then run again"
+            f"{printable(path.parent)}: cannot be written: {problem}; {remedy}, then run again"
         ) from error
 
 
-def rows_per_group(table: pa.Table) -> int:
-    """How many of a table's rows make a row group of about `ROW_GROUP_BYTES`."""
-    return max(1, int(table.num_rows * ROW_GROUP_BYTES / max(table.nbytes, 1)))
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def _metadata(path: Path) -> dict[bytes, bytes]:
+    try:
+        return pq.read_metadata(path).metadata or {}
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StoreError(
+            f"{printable(path)}: not a whole Parquet file ({printable(error, 80)}); move it out of the folder"
+        ) from None
+
+
+def _rows_per_group(table: pa.Table) -> int:
+    groups = max(1, round(int(table.nbytes) / ROW_GROUP_BYTES))
+    return max(1, math.ceil(int(table.num_rows) / groups))
 
 
 def _sync_folder(folder: Path) -> None:
@@ -146,24 +207,28 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _leaves(of: Callable[[pa.DataType], bool]) -> list[str]:
+def _leaves(of: Callable[[pa.DataType], bool], within: Callable[[str], bool] = lambda _: True) -> list[str]:
     """Parquet paths of the columns whose innermost values are of a type."""
     paths = []
     for field in SCHEMA:
         kind, path = field.type, field.name
         while pa.types.is_list(kind):
             kind, path = kind.value_type, f"{path}.list.element"
-        if of(kind):
+        if of(kind) and within(field.name):
             paths.append(path)
     return paths
 
 
-# Measured on real answers with five alternatives a token: BYTE_STREAM_SPLIT is what compresses
-# log-probabilities, a dictionary what compresses token texts and ids.
+# Measured with five alternatives a token: BYTE_STREAM_SPLIT is what compresses log-probabilities and token
+# ids, a dictionary what compresses token texts and all the rest. zstd above level 3 saves another half
+# percent for twice the time.
+_SPLIT = _leaves(pa.types.is_float32) + _leaves(pa.types.is_int32, lambda name: name.endswith("token_ids"))
 _WRITER_OPTIONS = {
     "compression": "zstd",
     "compression_level": 3,
-    "use_byte_stream_split": _leaves(pa.types.is_float32),
-    "use_dictionary": _leaves(lambda kind: not pa.types.is_floating(kind)),
+    "use_byte_stream_split": _SPLIT,
+    "use_dictionary": [path for path in _leaves(lambda _: True) if path not in _SPLIT],
+    # Nobody looks for a token by its least and greatest neighbour.
+    "write_statistics": [path for path in _leaves(lambda _: True) if ".list." not in path],
     "write_page_index": True,
 }

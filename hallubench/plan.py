@@ -235,7 +235,7 @@ def _lane_key(entry: ModelConfig) -> object:
         if entry.api_key
         else os.environ.get(KEY_VARIABLES.get(entry.type, ""))
     )
-    return entry.type, key
+    return entry.type, key, entry.base_url
 
 
 def _group_key(entry: ModelConfig) -> object:

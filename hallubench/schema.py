@@ -53,15 +53,15 @@ COLUMNS = [
     _column("retry_count", pa.int32(), "Attempts after the first"),
     _column("temperature", pa.float64(), "As sent; null: not sent, the provider's default held"),
     _column("top_p", pa.float64(), "As sent; null: not sent"),
-    _column("top_k", pa.int32(), "As sent; null: not sent"),
-    _column("max_tokens", pa.int32(), "Longest answer allowed, in tokens"),
+    _column("top_k", pa.int64(), "As sent; null: not sent"),
+    _column("max_tokens", pa.int64(), "Longest answer allowed, in tokens"),
     _column("stop", pa.list_(_TEXT), "Texts that end the answer; null: none"),
     _column("seed", pa.int64(), "As sent; null: not sent"),
     _column("options", _TEXT, "JSON object: every other setting that shapes the answer; null: none"),
-    _column("input_tokens", pa.int32(), "Tokens of the prompt, as the provider counts"),
-    _column("output_tokens", pa.int32(), "Tokens of the answer, reasoning included"),
-    _column("cached_tokens", pa.int32(), "The part of input_tokens served from a cache"),
-    _column("reasoning_tokens", pa.int32(), "The part of output_tokens spent on reasoning"),
+    _column("input_tokens", pa.int64(), "Tokens of the prompt, as the provider counts"),
+    _column("output_tokens", pa.int64(), "Tokens of the answer, reasoning included"),
+    _column("cached_tokens", pa.int64(), "The part of input_tokens served from a cache"),
+    _column("reasoning_tokens", pa.int64(), "The part of output_tokens spent on reasoning"),
     _column("timestamp", pa.timestamp("us", tz="UTC"), "When the completion was whole"),
     _column("elapsed_seconds", pa.float64(), "From sending to the whole answer, without queueing here"),
     _column("cost_usd", pa.float64(), "By the config's prices; null: none given"),
@@ -106,36 +106,45 @@ def to_table(rows: Sequence[Row]) -> pa.Table:
     Text that is not valid Unicode (a lone surrogate, as broken JSON can hold) gets U+FFFD in its
     place, since Parquet stores UTF-8.
     """
-    arrays = {name: pa.array(values, SCHEMA.field(name).type) for name, values in _scalars(rows).items()}
+    arrays = {
+        name: _array([read(row) for row in rows], SCHEMA.field(name).type) for name, read in _READ.items()
+    }
     arrays |= _logprob_arrays("output", [row.completion.logprobs for row in rows])
     arrays |= _logprob_arrays("prompt", [row.completion.prompt_logprobs for row in rows])
     return pa.table([arrays[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
-def _scalars(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {name: [read(row) for row in rows] for name, read in _READ.items()}
-    for name, read in _READ_TEXT.items():
-        columns[name] = [_utf8(read(row)) for row in rows]
-    return columns
+def valid_text(text: str) -> str:
+    """`text` with U+FFFD in place of each lone surrogate."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 _READ: Mapping[str, Callable[[Row], Any]] = {
     "run_id": lambda row: row.run_id,
     "request_id": lambda row: row.request.request_id,
+    "prompt_id": lambda row: row.request.prompt.id,
     "prompt_index": lambda row: row.request.prompt.index,
     "sample_index": lambda row: row.request.sample_index,
     "provider": lambda row: row.request.provider,
+    "model": lambda row: row.request.model,
+    "model_version": lambda row: row.completion.model_version,
+    "prompt": lambda row: row.request.prompt.text,
     "messages": lambda row: _messages(row.request),
+    "system_prompt": lambda row: row.request.system_prompt,
+    "full_response": lambda row: row.completion.text,
+    "reasoning": lambda row: row.completion.reasoning,
     "finish_reason": lambda row: row.completion.finish_reason,
+    "provider_finish_reason": lambda row: row.completion.provider_finish_reason,
+    "error": lambda row: row.completion.error,
     "error_type": lambda row: row.completion.error_type,
     "retry_count": lambda row: row.completion.retry_count,
     "temperature": lambda row: row.request.params.temperature,
     "top_p": lambda row: row.request.params.top_p,
     "top_k": lambda row: row.request.params.top_k,
     "max_tokens": lambda row: row.request.params.max_tokens,
-    "stop": lambda row: [_utf8(text) for text in row.request.params.stop] or None,
+    "stop": lambda row: row.request.params.stop or None,
     "seed": lambda row: row.request.params.seed,
-    "options": lambda row: _json(dict(sorted(row.request.options.items()))) if row.request.options else None,
+    "options": lambda row: _json(row.request.options or None),
     "input_tokens": lambda row: row.completion.usage.input_tokens,
     "output_tokens": lambda row: row.completion.usage.output_tokens,
     "cached_tokens": lambda row: row.completion.usage.cached_tokens,
@@ -143,54 +152,46 @@ _READ: Mapping[str, Callable[[Row], Any]] = {
     "timestamp": lambda row: row.completion.timestamp,
     "elapsed_seconds": lambda row: row.completion.elapsed_seconds,
     "cost_usd": lambda row: row.cost_usd,
+    "provider_request_id": lambda row: row.completion.provider_request_id,
+    "prompt_category": lambda row: row.request.prompt.category,
     "is_synthetic_probe": lambda row: row.request.prompt.is_synthetic_probe,
-    "gold_label": lambda row: (
-        None if row.request.prompt.gold_label is None else _json(row.request.prompt.gold_label)
-    ),
-    "gold_refs": lambda row: _texts(row.request.prompt.gold_refs),
-    "prompt_extra": lambda row: _json(row.request.prompt.extra) if row.request.prompt.extra else None,
+    "gold_label": lambda row: _json(row.request.prompt.gold_label),
+    "gold_refs": lambda row: row.request.prompt.gold_refs,
+    "original_id": lambda row: row.request.prompt.original_id,
+    "prompt_extra": lambda row: _json(row.request.prompt.extra or None),
     "logprobs_mode": lambda row: row.completion.logprobs_mode,
 }
 
-_READ_TEXT: Mapping[str, Callable[[Row], str | None]] = {
-    "prompt_id": lambda row: row.request.prompt.id,
-    "model": lambda row: row.request.model,
-    "model_version": lambda row: row.completion.model_version,
-    "prompt": lambda row: row.request.prompt.text,
-    "system_prompt": lambda row: row.request.system_prompt,
-    "full_response": lambda row: row.completion.text,
-    "reasoning": lambda row: row.completion.reasoning,
-    "provider_finish_reason": lambda row: row.completion.provider_finish_reason,
-    "error": lambda row: row.completion.error,
-    "provider_request_id": lambda row: row.completion.provider_request_id,
-    "prompt_category": lambda row: row.request.prompt.category,
-    "original_id": lambda row: row.request.prompt.original_id,
-}
 
-
-def _messages(request: Request) -> list[dict[str, str | None]] | None:
+def _messages(request: Request) -> list[dict[str, str]] | None:
     if request.prompt.messages is None:
         return None
-    return [{"role": turn.role, "content": _utf8(turn.content)} for turn in request.prompt.messages]
+    return [{"role": turn.role, "content": turn.content} for turn in request.prompt.messages]
 
 
-def _texts(texts: Iterable[str] | None) -> list[str | None] | None:
-    return None if texts is None else [_utf8(text) for text in texts]
-
-
-def _json(value: Any) -> str:
+def _json(value: Any) -> str | None:
     # ASCII escapes keep even a lone surrogate exactly as it came.
-    return json.dumps(value, default=str)
+    return None if value is None else json.dumps(value, default=str)
 
 
-def _utf8(text: str | None) -> str | None:
-    if text is None or text.isascii():
-        return text
+def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     try:
-        text.encode()
+        return pa.array(values, kind)
     except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+        return pa.array([_valid(value) for value in values], kind)
+
+
+def _valid(value: Any) -> Any:
+    """A value of a column with `valid_text` for all text in it."""
+    match value:
+        case str():
+            return valid_text(value)
+        case list() | tuple():
+            return [_valid(item) for item in value]
+        case dict():
+            return {key: _valid(item) for key, item in value.items()}
+        case _:
+            return value
 
 
 def _logprob_arrays(prefix: str, rows: Sequence[Logprobs | None]) -> dict[str, pa.Array]:
@@ -205,24 +206,34 @@ def _logprob_arrays(prefix: str, rows: Sequence[Logprobs | None]) -> dict[str, p
             array("i", [start + offset for offset in row.top_offsets[1:]]) if start else row.top_offsets[1:]
         )
 
+    def lists(offsets: array[int], values: pa.Array, mask: pa.Array | None = None) -> pa.Array:
+        if len(values) != offsets[-1]:  # Arrow would read past the end
+            raise ValueError(f"{prefix} log-probabilities: {len(values)} values where {offsets[-1]} belong")
+        return pa.ListArray.from_arrays(_int32(offsets), values, mask=mask)
+
     def listed(values: pa.Array) -> pa.Array:
-        return pa.ListArray.from_arrays(_int32(per_row), values, mask=missing)
+        return lists(per_row, values, missing)
 
     def nested(values: pa.Array) -> pa.Array:
-        return listed(pa.ListArray.from_arrays(_int32(per_token), values))
+        return listed(lists(per_token, values))
 
     logprobs = _float32(_joined("f", (row.logprobs for row in given)))
+    top_logprobs = _float32(_joined("f", (row.top_logprobs for row in given)))
     ranks = _int32(_joined("i", (row.ranks for row in given)))
     top_token_ids = _int32(_joined("i", (row.top_token_ids for row in given)))
     token_ids = _int32(_joined("i", (row.token_ids for row in given)))
     return {
         f"{prefix}_token_ids": listed(_null_where(token_ids, pc.less(token_ids, 0))),
-        f"{prefix}_token_texts": listed(_strings(row.tokens for row in given)),
+        f"{prefix}_token_texts": listed(
+            _array(list(chain.from_iterable(row.tokens for row in given)), _TEXT)
+        ),
         f"{prefix}_logprobs": listed(_null_where(logprobs, pc.is_nan(logprobs))),
         f"{prefix}_ranks": listed(_null_where(ranks, pc.equal(ranks, 0))),
         f"{prefix}_top_token_ids": nested(_null_where(top_token_ids, pc.less(top_token_ids, 0))),
-        f"{prefix}_top_tokens": nested(_strings(row.top_tokens for row in given)),
-        f"{prefix}_top_logprobs": nested(_float32(_joined("f", (row.top_logprobs for row in given)))),
+        f"{prefix}_top_tokens": nested(
+            _array(list(chain.from_iterable(row.top_tokens for row in given)), _TEXT)
+        ),
+        f"{prefix}_top_logprobs": nested(_null_where(top_logprobs, pc.is_nan(top_logprobs))),
     }
 
 
@@ -246,14 +257,6 @@ def _int32(values: array[int]) -> pa.Array:
 
 def _float32(values: array[float]) -> pa.Array:
     return pa.Array.from_buffers(pa.float32(), len(values), [None, pa.py_buffer(values)])
-
-
-def _strings(parts: Iterable[Sequence[str]]) -> pa.Array:
-    texts = list(chain.from_iterable(parts))
-    try:
-        return pa.array(texts, _TEXT)
-    except UnicodeEncodeError:
-        return pa.array([_utf8(text) for text in texts], _TEXT)
 
 
 def _null_where(values: pa.Array, bad: pa.Array) -> pa.Array:

@@ -8,10 +8,10 @@ was flushed survives `kill -9`. One writer at a time, by a lock that dies with i
 
 from __future__ import annotations
 
-import fcntl
-import os
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -21,29 +21,43 @@ import polars as pl
 import pyarrow as pa
 
 from hallubench.errors import StoreError
+from hallubench.lock import lock_folder
 from hallubench.parts import (
-    Part,
+    MOST_HELD_OPEN,
+    PART_NAME,
+    Source,
+    check_part,
+    held_parts,
     live_parts,
     model_folder,
     model_folders,
+    part_paths,
     remove_remains,
+    scan_parts,
     write_part,
 )
-from hallubench.rows import newest, read_in_order, read_keys
+from hallubench.rows import outdated_rows, read_in_order
 from hallubench.schema import SCHEMA, Row, to_table
 from hallubench.text import printable
 
 RUNS = "_runs"
+"""The folder beside those of the models that tells what produced them."""
 FLUSH_SECONDS = 1.0
 """How long an answer waits for others to be written with it: the most that `kill -9` can take."""
 FLUSH_ROWS = 5_000
-SMALL_PART_BYTES = 16 * 2**20
+FLUSH_ALTERNATIVES = 1_000_000
+"""Alternative tokens that may wait in memory: about 100 MB."""
+SMALL_PART_BYTES = 512 * 2**10
 MOST_SMALL_PARTS = 64
-"""A model's folder with more of them has them merged: a slow run must not leave 100,000 files."""
+"""A model's folder with more of them has them merged: a slow run must not leave 100,000 files. Larger parts
+wait for the end of the run: merging them would hold up answers for longer than a flush may take."""
 
 
 class Store:
     """The one writer of a folder; used with `with`, whose end writes what is left and compacts.
+
+    If the block ends with an exception, only what is left is written, so that an interrupt takes no longer;
+    the end of the next run compacts.
 
     Raises:
         StoreError: the folder cannot be written, is not a store, or another run is writing it.
@@ -55,20 +69,29 @@ class Store:
         self.runs_dir = folder / RUNS
         self._run_id = run_id
         self._clock = clock
-        self._waiting: dict[str, list[Row]] = {}
+        self._waiting: dict[str, dict[str, Row]] = {}
         self._count = 0
+        self._alternatives = 0
         self._oldest = 0.0
         self._number = 0
-        self._touched: set[Path] = set()
+        self._small: dict[Path, list[Path]] = {}
 
     def __enter__(self) -> Self:
-        self._lock = _lock(self.folder)
+        if _exists(self.folder):
+            check_ours(self.folder, may_be_empty=True)
+        self._lock = lock_folder(self.folder, f"{RUNS}/.lock")
         try:
-            check_ours(self.folder)
             for model_dir in model_folders(self.folder):
                 remove_remains(model_dir)
+                # No name is ever used again: a merged part would take it for one it replaced.
+                self._number = max([self._number, *map(_number, part_paths(model_dir))])
+        except OSError as error:
+            self._lock.close()
+            raise StoreError(
+                f"{printable(self.folder)}: cannot be written: {error.strerror}; choose another output folder"
+            ) from None
         except BaseException:
-            os.close(self._lock)
+            self._lock.close()
             raise
         return self
 
@@ -77,52 +100,73 @@ class Store:
     ) -> None:
         try:
             self.flush()
-            for model_dir in sorted(self._touched):
-                self._compact(model_dir, live_parts(model_dir))
+            if error is None:
+                for model_dir in model_folders(self.folder):
+                    if len(parts := live_parts(model_dir)) > 1:
+                        self._merge(model_dir, parts)
         finally:
-            os.close(self._lock)
+            self._lock.close()
 
     def append(self, row: Row) -> None:
         """Take a row; it is on disk after the next `flush`."""
         if not self._count:
             self._oldest = self._clock()
-        self._waiting.setdefault(row.request.model, []).append(row)
+        rows = self._waiting.setdefault(row.request.model, {})
+        earlier = rows.get(row.request.request_id)
+        if earlier is None or earlier.completion.error is not None or row.completion.error is None:
+            rows[row.request.request_id] = row
         self._count += 1
+        for logprobs in (row.completion.logprobs, row.completion.prompt_logprobs):
+            self._alternatives += 0 if logprobs is None else len(logprobs.top_tokens)
 
     def is_due(self) -> bool:
         """Whether enough rows wait, or one for long enough."""
-        return self._count >= FLUSH_ROWS or (
-            self._count > 0 and self._clock() - self._oldest >= FLUSH_SECONDS
+        return (
+            self._count >= FLUSH_ROWS
+            or self._alternatives >= FLUSH_ALTERNATIVES
+            or (self._count > 0 and self._clock() - self._oldest >= FLUSH_SECONDS)
         )
 
     def flush(self) -> None:
         """Write the waiting rows, a part for each model."""
-        for model in list(self._waiting):
+        for model, waiting in list(self._waiting.items()):
             model_dir = self.folder / model_folder(model)
-            self._touched.add(model_dir)
-            write_part(self._next_part(model_dir), iter([to_table(self._waiting[model])]))
-            self._count -= len(self._waiting.pop(model))
-            small = [part for part in live_parts(model_dir) if part.path.stat().st_size < SMALL_PART_BYTES]
-            if len(small) > MOST_SMALL_PARTS:
-                self._compact(model_dir, small)
+            part = self._new_part(model_dir, "part")
+            write_part(part, [to_table(sorted(waiting.values(), key=_place))])
+            del self._waiting[model]
+            self._keep_few(part)
+        self._count = self._alternatives = 0
 
-    def _compact(self, model_dir: Path, parts: Sequence[Part]) -> None:
-        """Merge parts into one: sorted, without rows that no longer count."""
-        if len(parts) < 2:
-            return
-        names = [part.path.name for part in parts]
-        write_part(self._next_part(model_dir), read_in_order(parts), replaces=names)
-        remove_remains(model_dir)
+    def _keep_few(self, part: Path) -> None:
+        """Merge the small parts beside a new part if they have become too many."""
+        model_dir = part.parent
+        if model_dir not in self._small:
+            self._small[model_dir] = [path for path in live_parts(model_dir) if _is_small(path)]
+        elif _is_small(part):
+            self._small[model_dir].append(part)
+        if len(self._small[model_dir]) > MOST_SMALL_PARTS:
+            merged = self._merge(model_dir, self._small[model_dir])
+            self._small[model_dir] = [merged] if _is_small(merged) else []
 
-    def _next_part(self, model_dir: Path) -> Path:
+    def _merge(self, model_dir: Path, parts: Sequence[Path]) -> Path:
+        """Write parts as one: in order, without rows that no longer count."""
+        merged = self._new_part(model_dir, "merged")
+        write_part(merged, read_in_order(parts), replaces=parts)
+        for path in parts:
+            with suppress(OSError):  # it no longer counts; the next run tries again
+                path.unlink()
+        return merged
+
+    def _new_part(self, model_dir: Path, kind: str) -> Path:
         self._number += 1
-        return model_dir / f"part-{self._run_id}-{self._number:06d}.parquet"
+        return model_dir / f"{kind}-{self._run_id}-{self._number:06d}.parquet"
 
 
 def scan(folder: str | Path) -> pl.LazyFrame:
     """The store in a folder: one row for each request asked, its answer or else its newest error.
 
-    Columns are read only when they are used.
+    It is the store as it was at this call, also while a run goes on writing. Columns are read only when they
+    are used. The frame holds the files open until it is collected by the garbage collector.
 
     Raises:
         StoreError: there is no store in the folder.
@@ -130,13 +174,14 @@ def scan(folder: str | Path) -> pl.LazyFrame:
     folder = Path(folder)
     check_ours(folder)
     frames = []
+    room = MOST_HELD_OPEN
     for model_dir in model_folders(folder):
-        if parts := live_parts(model_dir):
-            frame = pl.scan_parquet([part.path for part in parts], hive_partitioning=False, glob=False)
-            frames.append(frame if len(parts) == 1 else _only_newest(frame, parts))
-    if not frames:
-        return pl.LazyFrame(SCHEMA.empty_table())
-    return pl.concat(frames)
+        with held_parts(model_dir) as parts:
+            room -= len(parts)
+            sources = parts if room >= 0 else live_parts(model_dir)
+            if sources:
+                frames.append(_only_what_counts(sources))
+    return pl.concat(frames) if frames else pl.LazyFrame(SCHEMA.empty_table())
 
 
 def iter_in_order(
@@ -154,23 +199,27 @@ def iter_in_order(
     """
     check_ours(folder)
     for model_dir in model_folders(folder):
-        yield from read_in_order(live_parts(model_dir), where=where, columns=columns)
+        with held_parts(model_dir) as parts:
+            yield from read_in_order(parts, where=where, columns=columns)
 
 
-def answered_ids(folder: Path) -> frozenset[str]:
+def answered_ids(folder: Path) -> Set[str]:
     """Ids of the requests that have an answer; empty where there is no store yet.
 
     Raises:
         StoreError: the folder is a file, or holds Parquet that is not ours.
     """
     if not _exists(folder):
-        return frozenset()
+        return set()
     check_ours(folder, may_be_empty=True)
-    parts = [part.path for model_dir in model_folders(folder) for part in live_parts(model_dir)]
-    if not parts:
-        return frozenset()
-    rows = pl.scan_parquet(parts, hive_partitioning=False, glob=False)
-    return frozenset(rows.filter(pl.col("error").is_null()).select("request_id").collect().to_series())
+    answered: set[str] = set()
+    for model_dir in model_folders(folder):
+        with held_parts(model_dir) as parts:
+            if parts:
+                rows = scan_parts(parts)
+                ids = rows.filter(pl.col("error").is_null()).select("request_id").collect()
+                answered.update(ids.to_series())
+    return answered
 
 
 def set_aside(folder: Path, models: set[str], now: datetime) -> Path | None:
@@ -204,23 +253,16 @@ def check_ours(folder: Path, *, may_be_empty: bool = False) -> None:
     if not folder.is_dir():
         raise StoreError(f"{shown}: is a file; give the output folder of a run")
     model_dirs = set(model_folders(folder))
-    foreign = next((path for path in folder.rglob("*.parquet") if path.parent not in model_dirs), None)
-    if foreign is not None:
-        raise StoreError(f"{printable(foreign)}: not written by hallubench; choose another output folder")
+    places: set[Path] = set()
+    for path in folder.rglob("*.parquet"):
+        if path.parent not in model_dirs or not PART_NAME.fullmatch(path.name):
+            raise StoreError(f"{printable(path)}: not written by hallubench; choose another output folder")
+        if path.parent not in places:  # one tells for all
+            with suppress(FileNotFoundError):  # merged since it was found
+                check_part(path)
+                places.add(path.parent)
     if not may_be_empty and not model_dirs and not (folder / RUNS).is_dir():
         raise StoreError(f"{shown}: holds no answers of hallubench; give the output folder of a run")
-    for model_dir in model_dirs:
-        live_parts(model_dir)
-
-
-def _only_newest(frame: pl.LazyFrame, parts: Sequence[Part]) -> pl.LazyFrame:
-    """Leave out rows that no longer count; where there are none, leave the frame as it is."""
-    keys = read_keys(parts, ("request_id", "run_id", "timestamp", "error_type"))
-    if keys.height == keys["request_id"].n_unique():
-        return frame
-    counting = newest(keys).select("request_id", "run_id")
-    outdated = keys.select("request_id", "run_id").join(counting, on=["request_id", "run_id"], how="anti")
-    return frame.join(outdated.lazy(), on=["request_id", "run_id"], how="anti", maintain_order="left")
 
 
 def _exists(folder: Path) -> bool:
@@ -232,29 +274,32 @@ def _exists(folder: Path) -> bool:
         ) from None
 
 
-def _lock(folder: Path) -> int:
-    """Lock a folder for as long as this process lives.
+def _only_what_counts(parts: Sequence[Source]) -> pl.LazyFrame:
+    """The rows of parts without those outdated; where there are none, nothing stands in a query's way."""
+    rows = scan_parts(parts)
+    outdated = outdated_rows(parts)
+    if all(numbers.is_empty() for numbers in outdated):
+        return rows
+    whole = [part for part, numbers in zip(parts, outdated, strict=True) if numbers.is_empty()]
+    frames = [scan_parts(whole)] if whole else []
+    for part, numbers in zip(parts, outdated, strict=True):
+        if not numbers.is_empty():
+            numbered = scan_parts([part]).with_row_index("_row")
+            frames.append(numbered.filter(~pl.col("_row").is_in(numbers.implode())).drop("_row"))
+    return pl.concat(frames)
 
-    Raises:
-        StoreError: it cannot be made or written, or another run holds it.
-    """
-    shown = printable(folder)
-    if _exists(folder) and not folder.is_dir():
-        raise StoreError(f"{shown}: is a file; choose another output folder")
-    try:
-        (folder / RUNS).mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / RUNS / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except (OSError, ValueError) as error:
-        problem = error.strerror if isinstance(error, OSError) else error
-        raise StoreError(f"{shown}: cannot be written: {problem}; choose another output folder") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        holder = os.pread(lock, 20, 0).decode() or "unknown"
-        os.close(lock)
-        raise StoreError(
-            f"{shown}: another run (process {holder}) is writing it; wait for it, or choose another folder"
-        ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, str(os.getpid()).encode(), 0)
-    return lock
+
+def _is_small(part: Path) -> bool:
+    return part.stat().st_size < SMALL_PART_BYTES
+
+
+def _number(part: Path) -> int:
+    name = PART_NAME.fullmatch(part.name)
+    return int(name["number"]) if name else 0
+
+
+def _place(row: Row) -> tuple[int, float, int, str]:
+    """Where a row stands in `ORDER`; null comes first."""
+    request = row.request
+    temperature = -math.inf if request.params.temperature is None else request.params.temperature
+    return request.prompt.index, temperature, request.sample_index, request.request_id

@@ -144,9 +144,7 @@ def test_an_unexpected_exception_stops_its_lane_alone_and_leaves_a_traceback(
 def test_a_request_without_a_completion_stays_pending_and_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def forgetful(
-        self: EchoProvider, requests: Iterable[Request]
-    ) -> AsyncGenerator[Completion, None]:
+    async def forgetful(self: EchoProvider, requests: Iterable[Request]) -> AsyncGenerator[Completion, None]:
         for request in requests:
             if request.prompt.id != "p3":
                 yield self._complete(request)
@@ -223,7 +221,7 @@ def test_no_model_name_leads_out_of_the_folder(tmp_path: Path, name: str) -> Non
     config = make_config(tmp_path, entry(name), output_dir=str(tmp_path / "inner" / "out"))
     output = run(config).output
     assert scan(output).collect()["model"].unique().to_list() == [name]
-    assert len(list(output.glob("model=*/*.parquet"))) == 1
+    assert len(list(output.glob("model*/*.parquet"))) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"inner", "prompts-6.json"}
     assert [path.name for path in (tmp_path / "inner").iterdir()] == ["out"]
     assert run(config).run_id is None
@@ -287,7 +285,7 @@ def test_a_full_disk_ends_the_run_and_keeps_every_whole_part(
 
     def full_after_two_parts(descriptor: int) -> None:
         nonlocal parts
-        parts += ".parquet.writing" in os.readlink(f"/proc/self/fd/{descriptor}")
+        parts += ".parquet.writing" in str(Path(f"/proc/self/fd/{descriptor}").readlink())
         if parts > 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
@@ -321,8 +319,12 @@ def test_a_run_that_the_store_fails_is_recorded_as_failed(
 
 @pytest.mark.parametrize(
     ("key", "message"),
-    [("prompts_file", "no prompts: set `prompts_file`"), ("output_dir", "no output folder: set `output_dir`")],
+    [
+        ("prompts_file", "no prompts: set `prompts_file`"),
+        ("output_dir", "no output folder: set `output_dir`"),
+    ],
 )
 def test_what_a_run_needs_is_asked_for_by_its_key(tmp_path: Path, key: str, message: str) -> None:
+    config = make_config(tmp_path).model_copy(update={key: None})
     with pytest.raises(ConfigError, match=message):
-        run(make_config(tmp_path, **{key: None}))
+        run(config)

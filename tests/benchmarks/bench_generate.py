@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ def main() -> None:
 if __name__ == "__main__":
     if not demo_model().is_dir():
         sys.exit(f"{demo_model()} is not there; run `make demo` first")
-    roles = {"hallubench": hallubench, "bare": bare, "loop": loop}
+    roles: dict[str, Callable[..., dict[str, Any]]] = {"hallubench": hallubench, "bare": bare, "loop": loop}
     if len(sys.argv) > 1:
         print(json.dumps(roles[sys.argv[1]](*sys.argv[2:])))
     else:

@@ -416,7 +416,7 @@ def test_the_wire_is_that_of_a_server_written_elsewhere(tmp_path: Path, llmock: 
     completions = run_fast(ask(context(config(llmock.base_url("anthropic")), tmp_path), asked), speed=20)
     assert {completion.request_id for completion in completions} == {one.request_id for one in asked}
     assert all(completion.text and completion.usage.output_tokens for completion in completions)
-    assert len(llmock.requests()) == len(log(tmp_path)) == 21
+    assert len(llmock.requests) == len(log(tmp_path)) == 21
 
 
 def test_rate_limits_of_a_server_written_elsewhere_are_waited_for(tmp_path: Path, llmock: LLMock) -> None:
@@ -424,4 +424,4 @@ def test_rate_limits_of_a_server_written_elsewhere_are_waited_for(tmp_path: Path
     (completion,) = run_fast(ask(context(config(llmock.base_url("anthropic")), tmp_path), [request()]), 1)
     assert completion.text
     assert completion.retry_count == 0
-    assert len(llmock.requests()) == len(log(tmp_path)) == 4
+    assert len(llmock.requests) == len(log(tmp_path)) == 4

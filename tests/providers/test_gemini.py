@@ -531,4 +531,4 @@ def test_the_wire_is_that_of_a_server_written_elsewhere(tmp_path: Path, sdk: str
     )
     assert {completion.request_id for completion in completions} == {one.request_id for one in asked}
     assert all(completion.text and completion.usage.output_tokens for completion in completions)
-    assert len(llmock.requests()) == len(log(tmp_path)) == 21
+    assert len(llmock.requests) == len(log(tmp_path)) == 21
