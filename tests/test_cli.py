@@ -103,7 +103,7 @@ def test_a_killed_run_that_goes_on_gives_the_answers_of_one_left_alone(tmp_path:
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     write_config(tmp_path, entry(), entry(temperature=1, n=2), prompts=60)
     assert invoke("generate", "--config", tmp_path / "config.json", "--output", alone).exit_code == 0
-    slow = {"engine": {"delay": 0.02}}
+    slow: dict[str, Any] = {"engine": {"delay": 0.02}}
     config = write_config(tmp_path, entry(**slow), entry(temperature=1, n=2, **slow), prompts=60)
     process = start("generate", "--config", config, "--output", killed)
     wait_for_a_part(killed, process)
