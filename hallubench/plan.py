@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hallubench.config import KEY_VARIABLES, Config, ModelConfig
+from hallubench.engine_arguments import check_engine_arguments
 from hallubench.errors import ConfigError
 from hallubench.prompts import PromptFile
 from hallubench.providers import check_type
@@ -118,6 +119,7 @@ def make_plan(config: Config, prompts: PromptFile) -> Plan:
             check_type(entry.type)
         except ConfigError as error:
             raise ConfigError(f"models[{index}].type: {error}") from None
+        check_engine_arguments(entry, f"models[{index}]")
         one = _Series(config, entry)
         if (twin := seen.setdefault(one.identity, index)) != index:
             raise ConfigError(f"models[{twin}] and models[{index}] ask exactly the same; remove one of them")

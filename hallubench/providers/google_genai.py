@@ -60,8 +60,8 @@ async def open_sdk(context: Context, settings: Settings) -> AsyncIterator[Send]:
                     return await _send(client, request)
                 except errors.APIError as error:
                     raise StatusError(error.code, error.details, _headers(error)) from None
-                except json.JSONDecodeError as error:  # of an error status: a good body is not read here
-                    raise MalformedError(f"an error that is no JSON: {error}") from None
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    raise MalformedError(str(error)) from None
                 except TimeoutError:
                     raise
                 except (aiohttp.ClientError, OSError) as error:

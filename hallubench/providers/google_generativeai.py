@@ -65,8 +65,8 @@ class _Client:
         self._client = get_default_generative_client()
         self._session: requests.Session = self._client.transport._session
         self._session.hooks["response"].append(self._receive)
-        for scheme in ("https://", "http://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=settings.connections))
+        for scheme in ("https://", "http://"):  # twice as many: a call that was given up still has its own
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=2 * settings.connections))
         self._request_options = {"retry": None, "timeout": settings.timeout}
         self._received = threading.local()
 

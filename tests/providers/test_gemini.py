@@ -493,7 +493,9 @@ def test_as_many_requests_are_in_flight_as_the_config_allows(tmp_path: Path, sdk
     async def main() -> int:
         async with FaultServer(GEMINI, lambda call: Response(response(), delay=100)) as server:
             asked = [question(f"prompt {n}") for n in range(120)]
-            await ask(context(config(server.url, max_concurrency=60, sdk=sdk), tmp_path), asked)
+            await ask(
+                context(config(server.url, max_concurrency=60, timeout=1000.0, sdk=sdk), tmp_path), asked
+            )
             return server.most_at_once
 
     assert run_fast(main()) == 60
@@ -517,13 +519,13 @@ def chaos(call: Call) -> Response | Fault | None:
 
 
 def test_every_prompt_is_answered_once_through_chaos(tmp_path: Path, sdk: str) -> None:
-    prompts = [f"prompt {n}" for n in range(500)]
+    prompts = [f"prompt {n}" for n in range(300)]
     completions, calls = served(tmp_path, chaos, map(question, prompts), max_concurrency=32, sdk=sdk)
     answers = {completion.request_id: completion.text for completion in completions}
     assert answers == {f"id of {prompt}": answer_to(prompt) for prompt in prompts}
     assert len(completions) == len(prompts)
     assert Counter(call.prompt for call in calls if chaos(call) is None) == Counter(prompts)
-    assert len(calls) > 575
+    assert len(calls) > 345
 
 
 def test_the_wire_is_that_of_a_server_written_elsewhere(tmp_path: Path, sdk: str, llmock: LLMock) -> None:
