@@ -318,13 +318,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML keeps the last of two equal keys in silence; here that is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for (key, _), name in zip(node.value, names, strict=False):
-            if names.count(name) > 1 and name != "<<":
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {name!r} stands twice in one mapping; remove one",
-                    problem_mark=key.start_mark,
-                )
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} stands twice in one mapping; remove one",
+                        problem_mark=key.start_mark,
+                    )
+                seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
 
