@@ -43,7 +43,7 @@ KEY_VARIABLES = {
 
 ENV_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
-Count = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
@@ -184,7 +184,7 @@ class Config(_Limits):
     description: str | None = None
     """Free text, kept in the run's record."""
     prompts_file: Annotated[str, Field(min_length=1)] | None = None
-    """The prompts: JSON, JSONL, CSV or Parquet. Looked for here, then beside the config."""
+    """The prompts: JSON, JSONL, CSV or Parquet."""
     output_dir: Annotated[str, Field(min_length=1)] | None = None
     """The folder of the store."""
     num_prompts: Count | None = None

@@ -241,9 +241,9 @@ def _lane_key(entry: ModelConfig) -> object:
 
 
 def _group_key(entry: ModelConfig) -> object:
-    if entry.type != "local":
-        return None
     engine = json.dumps(dict(entry.engine), sort_keys=True, default=str)
+    if entry.type != "local":
+        return engine
     return entry.weights, entry.revision, entry.dtype, entry.device, entry.trust_remote_code, engine
 
 

@@ -17,6 +17,8 @@ from hallubench.errors import ConfigError, LaneError
 from hallubench.providers import Context, open_provider
 from hallubench.types import Completion, Message, Prompt, Request, SamplingParams
 
+pytestmark = pytest.mark.in_progress
+
 KEY = "sk-ant-api03-SecretSecretSecret"
 RUN_ID = "20260131T100123-a1b2c3"
 
