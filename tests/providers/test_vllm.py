@@ -287,7 +287,7 @@ def test_a_killed_run_goes_on_to_what_an_undisturbed_one_would_have_answered(
     assert f"{before.height} answered before" in done.stdout
     after = scan(tmp_path / "out").collect()
     assert set(after["request_id"]) == answers.keys()
-    # Batches of another size change logits in their last bits: no greedy choice, but now and then a drawn one.
+    # Another batch size changes the last bits of logits: no greedy choice, now and then a drawn one.
     greedy = after.filter(pl.col("temperature") == 0)
     assert {row["request_id"]: row["output_token_ids"] for row in greedy.iter_rows(named=True)} == {
         request.request_id: token_ids(answers[request.request_id])
