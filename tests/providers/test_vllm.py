@@ -275,6 +275,7 @@ def test_a_killed_run_goes_on_to_what_an_undisturbed_one_would_have_answered(
     config = config_of(tiny_model, write_prompts(tmp_path / "prompts.jsonl", 200), engine=slow)
     (tmp_path / "config.json").write_text(json.dumps(config))
     command = [sys.executable, "-m", "hallubench", "generate", "--config", "config.json"]
+    subprocess.run([*command, "--output", "undisturbed"], cwd=tmp_path, capture_output=True, check=True)
     run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
     children = wait_for_rows(run, tmp_path / "out")
     run.send_signal(signal.SIGKILL)
@@ -286,6 +287,7 @@ def test_a_killed_run_goes_on_to_what_an_undisturbed_one_would_have_answered(
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert f"{before.height} answered before" in done.stdout
     after = scan(tmp_path / "out").collect()
+    assert tokens_in(tmp_path / "out") == tokens_in(tmp_path / "undisturbed")
     assert set(after["request_id"]) == answers.keys()
     # Another batch size changes the last bits of logits: no greedy choice, now and then a drawn one.
     greedy = after.filter(pl.col("temperature") == 0)
@@ -301,6 +303,11 @@ def test_a_killed_run_goes_on_to_what_an_undisturbed_one_would_have_answered(
     assert len(record["providers"]["tiny"]) == 1, "two temperatures share one engine"
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "Nothing left to ask" in again.stdout
+
+
+def tokens_in(store: Path) -> dict[str, list[int]]:
+    rows = scan(store).select("request_id", "output_token_ids").collect()
+    return {row["request_id"]: row["output_token_ids"] for row in rows.iter_rows(named=True)}
 
 
 def wait_for_rows(run: subprocess.Popen[bytes], output: Path) -> list[int]:
