@@ -68,13 +68,6 @@ class _Limits(_Section):
     timeout: Annotated[Finite, Field(gt=0)] | None = None
     """API: seconds after which one attempt is given up."""
 
-    @field_validator(
-        "requests_per_minute", "input_tokens_per_minute", "output_tokens_per_minute", "timeout", mode="before"
-    )
-    @classmethod
-    def _a_whole_number_is_a_number(cls, value: Any) -> Any:
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
 
 class AsyncSettings(_Section):
     """Legacy block of the API lanes."""
@@ -146,11 +139,6 @@ class ModelConfig(_Limits):
             return {"temperature": 1.0, "logprobs": 5, "prompt_logprobs": 5} | entry
         return entry
 
-    @field_validator("temperature", "top_p", mode="before")
-    @classmethod
-    def _whole_numbers_are_numbers(cls, value: Any) -> Any:
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
     @field_validator("stop", mode="before")
     @classmethod
     def _one_stop_text_may_stand_alone(cls, value: Any) -> Any:
@@ -201,11 +189,6 @@ class Config(_Limits):
     async_settings: AsyncSettings = AsyncSettings()
     models: tuple[ModelConfig, ...]
     """The entries; the same name may stand several times with different settings."""
-
-    @field_validator("api_delay", mode="before")
-    @classmethod
-    def _whole_numbers_are_numbers(cls, value: Any) -> Any:
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @field_validator("models", mode="after")
     @classmethod

@@ -73,6 +73,7 @@ def test_the_legacy_configs_load_unchanged(name: str) -> None:
         ('{"models": [{"name": "a", "type": "local", "temprature": 1}]}', "did you mean `temperature`?"),
         ('{"models": [{"name": "a", "type": "local", "temperature": true}]}', "models[0].temperature"),
         ('{"models": [{"name": "a", "type": "local", "temperature": -1}]}', "models[0].temperature"),
+        (f'{{"models": [{{"name": "a", "type": "echo", "temperature": 1{"0" * 400}}}]}}', "valid number"),
         ('{"models": [{"name": "a", "type": "local", "n": 0}]}', "models[0].n"),
         ('{"models": [{"name": "a", "type": "local", "seed": 99999999999999999999}]}', "models[0].seed"),
         (
