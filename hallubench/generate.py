@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from typing import Any
 from hallubench.checks import require_ready
 from hallubench.config import Config
 from hallubench.errors import ConfigError, HallubenchError, LaneError
-from hallubench.plan import Group, Lane, Plan, make_plan
+from hallubench.plan import Group, Lane, Plan, Survey, make_plan
 from hallubench.progress import Display, Silent
 from hallubench.prompts import PromptFile
 from hallubench.provenance import RunRecord, Status, new_run_id
@@ -71,16 +71,19 @@ def run(config: Config, *, fresh: bool = False, display: Display | None = None) 
     """
     with display or Silent() as shown:
         output, plan = prepare(config)
-        answered = answered_ids(output)  # refuses a folder that is no store, with `fresh` too
-        survey = plan.survey(frozenset() if fresh else answered)
+        stored = answered_ids(output)  # refuses a folder that is no store, with `fresh` too
+        answered: Set[str] = frozenset() if fresh else stored
+        survey = plan.survey(answered)
         if not any(survey.pending):
             return Result(None, output, already_answered=survey.requests)
         require_ready([entry for entry, count in zip(config.models, survey.pending, strict=True) if count])
         with Store(output, run_id := new_run_id(datetime.now(UTC))) as store:
             if fresh:
                 set_aside(output, {entry.name for entry in config.models}, datetime.now(UTC))
-            answered = answered_ids(output)  # again, now that nobody else writes
-            generation = _Generation(plan, store, run_id, answered, shown)
+            now_answered = answered_ids(output)  # again, now that nobody else writes
+            if now_answered != answered:
+                answered, survey = now_answered, plan.survey(now_answered)
+            generation = _Generation(plan, survey, store, run_id, answered, shown)
             with ThreadPoolExecutor(1, thread_name_prefix="hallubench") as thread:
                 ending = thread.submit(generation.run_until_complete)
                 while not ending.done():
@@ -109,16 +112,22 @@ class _Generation:
     """One run, from the first request to the last row."""
 
     def __init__(
-        self, plan: Plan, store: Store, run_id: str, answered: Container[str], display: Display
+        self,
+        plan: Plan,
+        survey: Survey,
+        store: Store,
+        run_id: str,
+        answered: Container[str],
+        display: Display,
     ) -> None:
         self._plan = plan
+        self._survey = survey
         self._store = store
         self._run_id = run_id
         self._answered = answered
         self._display = display
-        self._survey = plan.survey(answered)
-        open_ = sum(self._survey.pending)
-        self._result = Result(run_id, store.folder, self._survey.requests - open_, pending=open_)
+        open_ = sum(survey.pending)
+        self._result = Result(run_id, store.folder, survey.requests - open_, pending=open_)
         self._loop = asyncio.new_event_loop()
         self._interrupts = 0
         self._end_soon = asyncio.Event()
