@@ -3,16 +3,16 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import selectors
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import aclosing
 from datetime import UTC
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
+from skipping_loop import now, run
 
 from hallubench.account import Account
 from hallubench.api_lane import Answer, Complete, answer_all
@@ -22,40 +22,7 @@ from hallubench.limits import Budget, Quota
 from hallubench.retry import Record, Retry, Stop, Verdict, verdict_of_status
 from hallubench.types import Completion, Prompt, Request, SamplingParams, Usage
 
-T = TypeVar("T")
 KEY = "sk-secret-key"
-
-
-class SkippingLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time stands still while there is work and skips to the next timer."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        super().__init__(SkippingSelector(self))
-
-    def time(self) -> float:
-        return self.now
-
-
-class SkippingSelector(selectors.DefaultSelector):
-    def __init__(self, loop: SkippingLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is None:
-            raise RuntimeError("everything waits and no timer is set")
-        self._loop.now += max(timeout, 0)
-        return super().select(0)
-
-
-def run(main: Coroutine[Any, Any, T]) -> T:
-    with asyncio.Runner(loop_factory=SkippingLoop) as runner:
-        return runner.run(main)
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 class ServerError(Exception):
