@@ -28,13 +28,15 @@ def demo_model() -> Path:
 
 
 def run_role(script: str, role: str, *arguments: str) -> dict[str, Any]:
-    """Run a benchmark script as a process of its own; what its last line says, as JSON."""
+    """Run a benchmark script as a process of its own; what its last line of JSON says."""
     done = subprocess.run(
         [sys.executable, script, role, *arguments], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         sys.exit(f"{script} {role} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    # vLLM's processes may write to standard output after it.
+    line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
+    result: dict[str, Any] = json.loads(line)
     return result
 
 
