@@ -12,10 +12,10 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeAlias
 
 import yaml
 from pydantic import (
@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from hallubench.errors import ConfigError
+from hallubench.redact import MASK, redact
 from hallubench.text import printable
 
 PROVIDER_OF_TYPE = {"claude": "anthropic", "gemini": "gemini", "local": "vllm"}
@@ -43,9 +44,15 @@ KEY_VARIABLES = {
 
 ENV_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
+SECRET_NAME = re.compile(r"(?i)(^|_|-)(api[_-]?key|token|secret|password|authorization)$")
+"""Keys of `engine` and `options` whose values are in no record, as vLLM's `hf_token`."""
+SHORTEST_SECRET = 8
+"""A key that is shorter is made up ("EMPTY"), and may stand anywhere as a word."""
+
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+Parameter: TypeAlias = Literal["temperature", "top_p", "top_k", "seed", "logprobs", "prompt_logprobs"]
 
 
 class _Section(BaseModel):
@@ -67,6 +74,26 @@ class _Limits(_Section):
     """API: most requests in flight; not set: `async_settings.max_concurrency`, or what the server takes."""
     timeout: Annotated[Finite, Field(gt=0)] | None = None
     """API: seconds after which one attempt is given up."""
+    max_cost_usd: Annotated[Finite, Field(gt=0)] | None = None
+    """What one run may cost by `prices`; on an entry: what all on its account may."""
+
+    @field_validator("burst", "timeout", mode="before")
+    @classmethod
+    def _there_always_is_one(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError("cannot be null; write a number, or leave the key out")
+        return value
+
+
+class Price(_Section):
+    """USD per million tokens."""
+
+    input: Annotated[Finite, Field(ge=0)]
+    """Tokens of prompts."""
+    output: Annotated[Finite, Field(ge=0)]
+    """Tokens of answers, reasoning included."""
+    cached: Annotated[Finite, Field(ge=0)] | None = None
+    """Tokens of prompts that the provider had in a cache; not set: as `input`."""
 
 
 class AsyncSettings(_Section):
@@ -126,6 +153,8 @@ class ModelConfig(_Limits):
     """API: a literal or ${VARIABLE}; not set: ANTHROPIC_API_KEY, GOOGLE_API_KEY or OPENAI_API_KEY."""
     base_url: Annotated[str, Field(pattern="^https?://")] | None = None
     """API: another server that speaks the same protocol."""
+    accepts: Mapping[Parameter, Annotated[bool, Field(strict=True)]] = Field(default_factory=dict)
+    """What the model takes and what not, where `accepts.py` does not know it: {temperature: false}."""
     sdk: Literal["google-generativeai", "google-genai"] | None = None
     """Gemini: the package that asks; google-generativeai where not set."""
 
@@ -154,10 +183,24 @@ class ModelConfig(_Limits):
             raise ValueError(f"write {own[argument]!r} on the model's entry instead of engine.{argument}")
         return engine
 
+    @field_validator("base_url")
+    @classmethod
+    def _a_url_holds_no_secret(cls, url: str | None) -> str | None:
+        if url is not None and re.search(r"[@?#]", url):
+            raise ValueError("holds a user name, a query or a fragment; write the key as `api_key`")
+        return None if url is None else url.rstrip("/")
+
     @property
     def provider(self) -> str:
         """What the store's `provider` column says."""
         return PROVIDER_OF_TYPE.get(self.type, self.type)
+
+    @property
+    def key(self) -> str | None:
+        """API: the key in the entry, else the one in the environment."""
+        if self.api_key is not None:
+            return self.api_key.get_secret_value()
+        return os.environ.get(KEY_VARIABLES.get(self.type, "")) or None
 
     @property
     def weights(self) -> str:
@@ -172,7 +215,7 @@ class Config(_Limits):
     description: str | None = None
     """Free text, kept in the run's record."""
     prompts_file: Annotated[str, Field(min_length=1)] | None = None
-    """The prompts: JSON, JSONL, CSV or Parquet."""
+    """The prompts: JSON, JSONL, CSV or Parquet. Looked for here, then beside the config."""
     output_dir: Annotated[str, Field(min_length=1)] | None = None
     """The folder of the store."""
     num_prompts: Count | None = None
@@ -187,6 +230,8 @@ class Config(_Limits):
     api_delay: Annotated[Finite, Field(ge=0)] | None = None
     """Accepted and without effect: `requests_per_minute` sets the pace."""
     async_settings: AsyncSettings = AsyncSettings()
+    prices: Mapping[str, Price] = Field(default_factory=dict)
+    """What models cost, by name or by a pattern such as "claude-opus-*"; see `prices.py`."""
     models: tuple[ModelConfig, ...]
     """The entries; the same name may stand several times with different settings."""
 
@@ -206,12 +251,15 @@ class Config(_Limits):
         return getattr(self, key)
 
     def to_json(self) -> dict[str, Any]:
-        """The config as plain JSON values, only what was set, every secret left out."""
+        """The config as plain JSON values, only what was set, every secret left out or masked."""
         plain = self.model_dump(mode="json", exclude_unset=True, exclude={"models"})
-        entries = (
+        entries = [
             entry.model_dump(mode="json", exclude_unset=True, exclude={"api_key"}) for entry in self.models
-        )
-        return plain | {"models": list(entries)}
+        ]
+        keys = {key for entry in self.models if (key := entry.key) and len(key) >= SHORTEST_SECRET}
+        masked = _masked(plain | {"models": entries}, keys)
+        assert isinstance(masked, dict)
+        return masked
 
 
 def load_config(
@@ -236,6 +284,9 @@ def load_config(
     raw = _parse(path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: the config must be a mapping with the key `models`")
+    if isinstance(named := raw.get("prompts_file"), str) and not Path(named).exists():
+        beside = path.parent / named
+        raw["prompts_file"] = str(beside) if beside.exists() else named
     raw |= {key: value for key, value in overrides.items() if value is not None}
     if models is not None and isinstance(raw.get("models"), list):
         raw["models"] = _matching(path, raw["models"], models)
@@ -350,6 +401,21 @@ def _expand(path: Path, value: Any, missing_env: str, key: str = "") -> Any:
     return value
 
 
+def _masked(value: Any, secrets: Collection[str]) -> Any:
+    """`value` without what its keys call a secret, and without any of `secrets` in its texts."""
+    match value:
+        case str():
+            return redact(value, secrets)
+        case dict():
+            return {
+                key: MASK if isinstance(item, str) and SECRET_NAME.search(key) else _masked(item, secrets)
+                for key, item in value.items()
+            }
+        case list():
+            return [_masked(item, secrets) for item in value]
+    return value
+
+
 def _strings(value: Any) -> Iterator[str]:
     match value:
         case str():
@@ -364,12 +430,14 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _first_problem(error: ValidationError) -> str:
     """One line for the first thing that is wrong: `models[2].temprature: unknown key; did you mean ...?`."""
-    problem = error.errors(include_url=False, include_input=False)[0]
+    problems = error.errors(include_url=False, include_input=False)
+    problem = min(problems, key=lambda one: one["type"] == "missing")  # a misspelt key is missing, too
     parts = list(problem["loc"])
     where = _location(parts)
     if problem["type"] == "extra_forbidden":
         name = str(parts[-1])
-        section = Config if len(parts) == 1 else ModelConfig if parts[0] == "models" else AsyncSettings
+        sections: dict[Any, type[_Section]] = {"models": ModelConfig, "prices": Price}
+        section = Config if len(parts) == 1 else sections.get(parts[0], AsyncSettings)
         near = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0.0)
         return f"{where}: unknown key; did you mean `{near[0]}`?"
     if problem["type"] == "missing":

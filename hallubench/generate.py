@@ -20,6 +20,7 @@ from hallubench.checks import require_ready
 from hallubench.config import Config
 from hallubench.errors import ConfigError, HallubenchError, LaneError
 from hallubench.plan import Group, Lane, Plan, Survey, make_plan
+from hallubench.prices import Purse, Spending
 from hallubench.progress import Display, Silent
 from hallubench.prompts import PromptFile
 from hallubench.provenance import RunRecord, Status, new_run_id
@@ -129,6 +130,7 @@ class _Generation:
         open_ = sum(survey.pending)
         self._result = Result(run_id, store.folder, survey.requests - open_, pending=open_)
         self._loop = asyncio.new_event_loop()
+        self._purse = Purse.of(plan.config)
         self._interrupts = 0
         self._end_soon = asyncio.Event()
         self._end_now = asyncio.Event()
@@ -190,11 +192,12 @@ class _Generation:
                 await running
 
     async def _run_lane(self, lane: Lane) -> None:
+        purses = (*self._purse, *Purse.of(lane.groups[0].entries[0]))
         for group in lane.groups:
             if not self._pending(lane, group) or self._end_soon.is_set():
                 continue
             try:
-                await self._run_group(lane, group)
+                await self._run_group(lane, group, Spending(self._plan.config, purses))
             except HallubenchError as error:
                 self._problem(lane, str(error))
             except Exception as error:  # a fault of ours or of an SDK must not touch the other lanes
@@ -203,12 +206,13 @@ class _Generation:
                     log.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
                 self._problem(lane, f"{group.name}: unexpected {type(error).__name__}: {error} (see {log})")
 
-    async def _run_group(self, lane: Lane, group: Group) -> None:
+    async def _run_group(self, lane: Lane, group: Group, spending: Spending) -> None:
         """One provider answers its share; each answer goes to the store as soon as it is whole."""
         in_flight: dict[str, Request] = {}
+        requests = self._plan.requests(group, self._answered)
 
         def draw() -> Iterator[Request]:
-            for request in self._plan.requests(group, self._answered):
+            for request in spending.affordable(requests):
                 if self._end_soon.is_set():
                     return
                 in_flight[request.request_id] = request
@@ -222,19 +226,22 @@ class _Generation:
             record=self._record.add,
             notify=self._display.note,
         )
-        async with (
-            open_provider(group.entries[0].type, context) as provider,
-            aclosing(provider.generate(draw())) as completions,
-        ):
+        async with open_provider(group.entries[0].type, context) as provider:
             self._display.begin(lane.name)
-            async for completion in completions:
-                request = in_flight.pop(completion.request_id)
-                await self._writer.put(Row(self._run_id, request, completion, None))
-                self._count(lane, completion)
+            while not in_flight:
+                async with aclosing(provider.generate(draw())) as completions:
+                    async for completion in completions:
+                        request = in_flight.pop(completion.request_id)
+                        cost_usd = spending.settle(request, completion)
+                        await self._writer.put(Row(self._run_id, request, completion, cost_usd))
+                        self._count(lane, completion, cost_usd)
+                if not spending.can_go_on:
+                    break
         if in_flight:
             raise LaneError(
                 f"{group.name}: {len(in_flight)} requests got no completion; run again to ask them"
             )
+        spending.check_finished()
 
     def _pending(self, lane: Lane, group: Group | None = None) -> int:
         groups = lane.groups if group is None else (group,)
@@ -245,12 +252,13 @@ class _Generation:
             if any(entry is one for one in entries)
         )
 
-    def _count(self, lane: Lane, completion: Completion) -> None:
+    def _count(self, lane: Lane, completion: Completion, cost_usd: float | None) -> None:
         failed = completion.error is not None
         self._result.failed += failed
         self._result.answered += not failed
         self._result.pending -= 1
-        self._display.advance(lane.name, failed=failed, tokens=completion.usage.output_tokens or 0)
+        tokens = completion.usage.output_tokens or 0
+        self._display.advance(lane.name, failed=failed, tokens=tokens, cost_usd=cost_usd or 0.0)
 
     def _problem(self, lane: Lane, message: str) -> None:
         self._result.problems.append(f"{lane.name}: {message}")

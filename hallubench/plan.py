@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hallubench.config import KEY_VARIABLES, Config, ModelConfig
+from hallubench.accepts import accepted, check_parameters
+from hallubench.config import Config, ModelConfig
 from hallubench.engine_arguments import check_engine_arguments
 from hallubench.errors import ConfigError
+from hallubench.prices import check_prices
 from hallubench.prompts import PromptFile
 from hallubench.providers import check_type
 from hallubench.text import printable
@@ -32,8 +33,15 @@ ANSWER_ARGUMENTS = frozenset(
 """The vLLM engine arguments that change answers. The others change speed and memory only: a run that
 goes on with, say, less `gpu_memory_utilization` must not ask everything again."""
 
-NO_SEED = frozenset({"claude", "gemini"})
-"""Types that cannot send a seed: the config's own reaches the others and is null in their rows."""
+BUDGETS = (
+    "requests_per_minute",
+    "burst",
+    "input_tokens_per_minute",
+    "output_tokens_per_minute",
+    "max_concurrency",
+    "max_cost_usd",
+)
+"""What an account has, and not one of the models on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +118,9 @@ def make_plan(config: Config, prompts: PromptFile) -> Plan:
     Needs no weights, no network and no SDK.
 
     Raises:
-        ConfigError: an unknown `type`, or two entries that would ask exactly the same.
+        ConfigError: an unknown `type`, a parameter that a model does not take, a `max_cost_usd` without
+            prices, two entries that would ask exactly the same, or entries of one account that give it
+            different budgets.
     """
     seen: dict[bytes, int] = {}
     lanes: dict[object, dict[object, list[ModelConfig]]] = {}
@@ -120,10 +130,14 @@ def make_plan(config: Config, prompts: PromptFile) -> Plan:
         except ConfigError as error:
             raise ConfigError(f"models[{index}].type: {error}") from None
         check_engine_arguments(entry, f"models[{index}]")
+        check_parameters(entry, f"models[{index}]")
+        check_prices(config, entry, f"models[{index}]")
         one = _Series(config, entry)
         if (twin := seen.setdefault(one.identity, index)) != index:
             raise ConfigError(f"models[{twin}] and models[{index}] ask exactly the same; remove one of them")
         lane, group = _lane_key(entry), _group_key(entry)
+        if lane in lanes and entry.type != "local":
+            _check_budgets(config, next(iter(lanes[lane].values()))[0], entry, index)
         lanes.setdefault(lane, {}).setdefault(group, []).append(entry)
     names = _distinct([_type_of(groups) for groups in lanes.values()])
     return Plan(
@@ -174,7 +188,7 @@ class _Series:
         self._entry = entry
         self._options = _answer_options(entry)
         self._seed = entry.seed
-        if entry.seed is None and entry.type not in NO_SEED:
+        if entry.seed is None and "seed" in accepted(entry):
             self._seed = config.seed
         self._params = SamplingParams(
             max_tokens=entry.max_tokens,
@@ -232,12 +246,22 @@ def _answer_options(entry: ModelConfig) -> dict[str, Any]:
 def _lane_key(entry: ModelConfig) -> object:
     if entry.type == "local":
         return "local"
-    key = (
-        entry.api_key.get_secret_value()
-        if entry.api_key
-        else os.environ.get(KEY_VARIABLES.get(entry.type, ""))
-    )
-    return entry.type, key, entry.base_url
+    return entry.type, entry.key, entry.base_url
+
+
+def _check_budgets(config: Config, first: ModelConfig, entry: ModelConfig, index: int) -> None:
+    for key in BUDGETS:
+        one, other = config.limit(first, key), config.limit(entry, key)
+        if one != other:
+            twin = next(place for place, one in enumerate(config.models) if one is first)
+            raise ConfigError(
+                f"models[{twin}] and models[{index}] share one account and give it a different {key} "
+                f"({_budget(one)} and {_budget(other)}); write it on the config, or the same on both"
+            )
+
+
+def _budget(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"
 
 
 def _group_key(entry: ModelConfig) -> object:

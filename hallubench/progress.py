@@ -43,7 +43,7 @@ class Display(Protocol):
     def begin(self, lane: str) -> None:
         """A lane can ask now; until then it was loading."""
 
-    def advance(self, lane: str, *, failed: bool, tokens: int) -> None:
+    def advance(self, lane: str, *, failed: bool, tokens: int, cost_usd: float = 0.0) -> None:
         """One more request of a lane has its completion."""
 
     def note(self, line: str) -> None:
@@ -65,7 +65,7 @@ class Silent:
     def begin(self, lane: str) -> None:
         pass
 
-    def advance(self, lane: str, *, failed: bool, tokens: int) -> None:
+    def advance(self, lane: str, *, failed: bool, tokens: int, cost_usd: float = 0.0) -> None:
         pass
 
     def note(self, line: str) -> None:
@@ -117,9 +117,9 @@ class _Bars(Silent):
     def begin(self, lane: str) -> None:
         self._counts[lane].begin()
 
-    def advance(self, lane: str, *, failed: bool, tokens: int) -> None:
+    def advance(self, lane: str, *, failed: bool, tokens: int, cost_usd: float = 0.0) -> None:
         count = self._counts[lane]
-        count.add(failed=failed, tokens=tokens)
+        count.add(failed=failed, tokens=tokens, cost_usd=cost_usd)
         self._progress.update(
             self._tasks[lane],
             advance=1,
@@ -147,9 +147,9 @@ class _Lines(Silent):
     def begin(self, lane: str) -> None:
         self._counts[lane].begin()
 
-    def advance(self, lane: str, *, failed: bool, tokens: int) -> None:
+    def advance(self, lane: str, *, failed: bool, tokens: int, cost_usd: float = 0.0) -> None:
         count = self._counts[lane]
-        count.add(failed=failed, tokens=tokens)
+        count.add(failed=failed, tokens=tokens, cost_usd=cost_usd)
         if count.done == count.total or self._clock() - self._shown[lane] >= SECONDS_BETWEEN_LINES:
             self._shown[lane] = self._clock()
             self.note(f"{lane}: {count.line()}")
@@ -166,22 +166,25 @@ class _Count:
     done: int = 0
     failed: int = 0
     tokens: int = 0
+    cost_usd: float = 0.0
     begun: float | None = None
 
     def begin(self) -> None:
         if self.begun is None:
             self.begun = self.clock()
 
-    def add(self, *, failed: bool, tokens: int) -> None:
+    def add(self, *, failed: bool, tokens: int, cost_usd: float) -> None:
         self.done += 1
         self.failed += failed
         self.tokens += tokens
+        self.cost_usd += cost_usd
 
     def _seconds(self) -> float:
         return max(self.clock() - (self.begun or 0.0), 1e-9)
 
     def rate(self) -> str:
-        return f"{self.done / self._seconds():.1f}/s {self.tokens / self._seconds():,.0f} tokens/s"
+        spent = f" {self.cost_usd:.2f} USD" if self.cost_usd else ""
+        return f"{self.done / self._seconds():.1f}/s {self.tokens / self._seconds():,.0f} tokens/s{spent}"
 
     def line(self) -> str:
         left = (self.total - self.done) * self._seconds() / self.done

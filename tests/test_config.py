@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hallubench.config import Config, load_config, missing_variables
@@ -108,6 +108,14 @@ def test_environment_variables_are_expanded(tmp_path: Path, monkeypatch: pytest.
     assert missing_variables(load_config(path, missing_env="keep")) == ["WEIGHTS"]
 
 
+def test_prompts_are_found_beside_the_config(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("")
+    config = {"prompts_file": "prompts.jsonl", "models": [LOCAL]}
+    assert load_config(write(tmp_path, config)).prompts_file == str(tmp_path / "prompts.jsonl")
+    other = load_config(write(tmp_path, config), prompts_file="given.jsonl")
+    assert other.prompts_file == "given.jsonl"
+
+
 def test_only_the_models_that_match_need_their_variables(tmp_path: Path) -> None:
     path = write(tmp_path, {"models": [LOCAL, {"name": "c", "type": "claude", "api_key": "${ABSENT_KEY}"}]})
     assert [model.name for model in load_config(path, models="t*").models] == ["tiny"]
@@ -120,6 +128,50 @@ def test_a_key_is_in_no_rendering_of_the_config(tmp_path: Path) -> None:
     assert "sk-secret-1" not in json.dumps(config.to_json()) + repr(config) + str(config)
     models[0]["temperature"] = "sk-secret-1"
     assert "sk-secret-1" not in problem(write(tmp_path, {"models": models}))
+
+
+def test_a_key_that_is_repeated_elsewhere_is_masked_in_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOOGLE_API_KEY", "secret-of-the-environment")
+    raw = {
+        "description": "asked with sk-secret-1",
+        "models": [
+            {
+                "name": "c",
+                "type": "claude",
+                "api_key": "sk-secret-1",
+                "notes": "not secret-of-the-environment",
+            },
+            {
+                "name": "g",
+                "type": "gemini",
+                "options": {"deep": [{"Api-Key": "another", "of": "sk-secret-1"}]},
+            },
+            LOCAL | {"engine": {"hf_token": "hf_secret", "max_model_len": 512}},
+        ],
+    }
+    recorded = json.dumps(load_config(write(tmp_path, raw)).to_json())
+    for secret in ("sk-secret-1", "secret-of-the-environment", "another", "hf_secret"):
+        assert secret not in recorded
+    assert '"engine": {"hf_token": "***", "max_model_len": 512}' in recorded
+    assert '"description": "asked with ***"' in recorded
+
+
+def test_a_placeholder_in_place_of_a_key_leaves_the_record_readable(tmp_path: Path) -> None:
+    models = [{"name": "o", "type": "openai", "api_key": "test", "notes": "a test"}]
+    assert load_config(write(tmp_path, {"models": models})).to_json()["models"][0]["notes"] == "a test"
+
+
+@pytest.mark.parametrize(
+    "url", ["https://me:sk-secret-1@host", "http://host/v1?key=sk-secret-1", "http://host/#sk-secret-1"]
+)
+def test_a_key_in_a_url_is_refused_without_repeating_it(tmp_path: Path, url: str) -> None:
+    models = [{"name": "c", "type": "claude", "base_url": url}]
+    message = problem(write(tmp_path, {"models": models}))
+    assert message.endswith(
+        "models[0].base_url: holds a user name, a query or a fragment; write the key as `api_key`"
+    )
 
 
 def test_the_own_limit_of_an_entry_goes_before_the_configs(tmp_path: Path) -> None:
@@ -136,9 +188,14 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
-keys = st.sampled_from(["models", "seed", "prompts_file", "async_settings", "name", "type", "engine", "n"])
+API_KEYS = ["prices", "accepts", "base_url", "burst", "timeout", "max_cost_usd", "api_key", "options"]
+keys = st.sampled_from(
+    ["models", "seed", "prompts_file", "async_settings", "name", "type", "engine", "n", *API_KEYS]
+)
 
 
+# The first text of all takes seconds where machines are slow.
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(keys, json_values | st.lists(st.dictionaries(keys, json_values, max_size=4), max_size=2))
 )
@@ -148,3 +205,47 @@ def test_any_mapping_is_a_config_or_a_config_error(
     path = write(tmp_path_factory.getbasetemp(), raw)
     with suppress(ConfigError):
         assert isinstance(load_config(path), Config)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"prices": {"m": {"input": 1}}}, "prices.m.output: this key is missing; add it"),
+        ({"prices": {"m": {"input": 1, "output": -1}}}, "prices.m.output: input should be greater than"),
+        (
+            {"prices": {"m": {"input": 1, "outptu": 2}}},
+            "prices.m.outptu: unknown key; did you mean `output`?",
+        ),
+        ({"prices": 3}, "prices: input should be a valid dictionary"),
+        ({"max_cost_usd": 0}, "max_cost_usd: input should be greater than 0"),
+        ({"burst": None}, "burst: cannot be null; write a number, or leave the key out"),
+        ({"timeout": None}, "timeout: cannot be null"),
+        ({"requests_per_minute": True}, "requests_per_minute: input should be a valid number"),
+        ({"models": [LOCAL | {"accepts": {"sede": True}}]}, "models[0].accepts.sede"),
+        (
+            {"models": [LOCAL | {"accepts": {"seed": "no"}}]},
+            "models[0].accepts.seed: input should be a valid bool",
+        ),
+        ({"models": [LOCAL | {"base_url": "localhost:8000"}]}, "models[0].base_url: string should match"),
+        ({"models": [LOCAL | {"timeout": -1}]}, "models[0].timeout: input should be greater than 0"),
+    ],
+)
+def test_what_is_wrong_with_limits_and_prices_is_named(
+    tmp_path: Path, keys: dict[str, Any], said: str
+) -> None:
+    assert said in problem(write(tmp_path, {"models": [LOCAL]} | keys))
+
+
+def test_no_limit_is_written_as_null_and_differs_from_none_written(tmp_path: Path) -> None:
+    unset = load_config(write(tmp_path, {"models": [{"name": "c", "type": "claude"}]}))
+    null = load_config(
+        write(tmp_path, {"requests_per_minute": None, "models": [{"name": "c", "type": "claude"}]})
+    )
+    assert unset.limit(unset.models[0], "requests_per_minute") == 60
+    assert null.limit(null.models[0], "requests_per_minute") is None
+
+
+def test_the_concurrency_of_the_config_goes_before_the_legacy_one(tmp_path: Path) -> None:
+    raw = {"max_concurrency": 7, "async_settings": {"max_concurrency": 3}, "models": [LOCAL]}
+    config = load_config(write(tmp_path, raw))
+    assert config.limit(config.models[0], "max_concurrency") == 7

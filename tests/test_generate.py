@@ -238,7 +238,7 @@ class InterruptingDisplay(Silent):
         if self._left == 0:
             _thread.interrupt_main()
 
-    def advance(self, lane: str, *, failed: bool, tokens: int) -> None:
+    def advance(self, lane: str, *, failed: bool, tokens: int, cost_usd: float = 0.0) -> None:
         self._left -= 1
         if self._left == 0:
             _thread.interrupt_main()

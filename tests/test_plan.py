@@ -138,3 +138,44 @@ def test_two_system_messages_for_one_prompt_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="system message"):
         plan.survey()
+
+
+def claude(**keys: Any) -> dict[str, Any]:
+    return {"name": "claude-3-5-haiku-20241022", "type": "claude", "api_key": "sk-one-account"} | keys
+
+
+def test_models_of_one_account_are_one_lane_and_one_group(tmp_path: Path) -> None:
+    other = claude(name="claude-3-opus-20240229", base_url=None)
+    elsewhere = claude(base_url="http://host/", top_k=1), claude(base_url="http://host", top_k=2)
+    plan = plan_of(tmp_path, claude(), other, *elsewhere)
+    assert [len(lane.groups) for lane in plan.lanes] == [1, 1]
+    assert [len(lane.groups[0].entries) for lane in plan.lanes] == [2, 2]
+
+
+def test_a_key_of_the_environment_and_the_same_one_written_are_one_account(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-one-account")
+    assert len(plan_of(tmp_path, claude(), claude(api_key=None, top_k=2)).lanes) == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"requests_per_minute": 10}, "a different requests_per_minute (60 and 10)"),
+        ({"requests_per_minute": None}, "a different requests_per_minute (60 and none)"),
+        ({"max_concurrency": 3}, "a different max_concurrency (none and 3)"),
+        ({"burst": 1}, "a different burst (10 and 1)"),
+    ],
+)
+def test_an_account_has_one_budget(tmp_path: Path, keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=r"^models\[0\] and models\[2\] share one account") as refused:
+        plan_of(tmp_path, claude(), claude(top_k=2), claude(top_k=3, **keys))
+    assert said in str(refused.value)
+    assert len(plan_of(tmp_path, claude(**keys), claude(top_k=2, **keys)).lanes) == 1
+    assert len(plan_of(tmp_path, claude(), claude(api_key="sk-another", top_k=2, **keys)).lanes) == 2
+
+
+def test_what_a_model_does_not_take_is_refused_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^models\[1\]\.seed: "):
+        plan_of(tmp_path, LOCAL, claude(seed=1))
