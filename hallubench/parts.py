@@ -220,12 +220,12 @@ def _leaves(of: Callable[[pa.DataType], bool], within: Callable[[str], bool] = l
 
 
 # Measured with five alternatives a token: BYTE_STREAM_SPLIT is what compresses log-probabilities and token
-# ids, a dictionary what compresses token texts and all the rest. zstd above level 3 saves another half
-# percent for twice the time.
+# ids, a dictionary what compresses token texts and all the rest. On a real model's answers zstd 6 takes 3.6 %
+# fewer bytes than zstd 3 for a fifth more time; zstd 12 takes 4.5 % fewer for more than twice the time.
 _SPLIT = _leaves(pa.types.is_float32) + _leaves(pa.types.is_int32, lambda name: name.endswith("token_ids"))
 _WRITER_OPTIONS = {
     "compression": "zstd",
-    "compression_level": 3,
+    "compression_level": 6,
     "use_byte_stream_split": _SPLIT,
     "use_dictionary": [path for path in _leaves(lambda _: True) if path not in _SPLIT],
     # Nobody looks for a token by its least and greatest neighbour.

@@ -303,7 +303,7 @@ def _classify_status(error: APIStatusError) -> Verdict:
     body = error.body if isinstance(error.body, dict) else {}
     words = str(body.get("message") or error.message)
     message = f"HTTP {error.status_code} {error.code or error.type or ''}".rstrip() + f": {words}"
-    named = {error.code, error.type}
+    named = {str(error.code), str(error.type)}
     known: dict[str, Any] = {
         "status": error.status_code,
         "provider_request_id": error.request_id,
@@ -311,7 +311,7 @@ def _classify_status(error: APIStatusError) -> Verdict:
     }
     if error.status_code == 402 or named & SPENT:
         return Stop(error_type="spend_limit", message=f"{message}: add credit to the account", **known)
-    if named & BLOCKED or "flagged_input" in (body.get("metadata") or {}):  # the latter is OpenRouter's 403
+    if named & BLOCKED or "flagged_input" in str(body.get("metadata")):  # the latter is OpenRouter's 403
         return Record(error_type="content_filter", message=message, **known)
     if error.status_code in (400, 422):
         if UNKNOWN_MODEL.search(message):
@@ -319,7 +319,7 @@ def _classify_status(error: APIStatusError) -> Verdict:
         if named & UNSUPPORTED or error.param in SETTINGS:
             fix = f"change or remove `{error.param}` of the entry {_model_of(error)}"
             return Stop(error_type="bad_request", message=f"{message}: {fix}", **known)
-    return verdict_of_status(error.status_code, message, after=retry_after(error.response.headers), **known)
+    return verdict_of_status(message=message, after=retry_after(error.response.headers), **known)
 
 
 def _model_of(error: APIStatusError) -> str:
