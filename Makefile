@@ -5,7 +5,7 @@ BIN := .venv/bin
 # A folder with another instruction model may take its place.
 export HALLUBENCH_DEMO_MODEL ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/hallubench/SmolLM2-135M-Instruct
 
-.PHONY: help setup demo test test-fast test-api bench lint clean
+.PHONY: help setup demo test test-fast bench lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
@@ -24,13 +24,10 @@ demo: setup ## a small real model answers 45 prompts at two temperatures
 	$(BIN)/python configs/demo.py
 
 test: lint ## every check and every test
-	$(BIN)/python -m pytest -m "not in_progress"
+	$(BIN)/python -m pytest -m "not live"
 
 test-fast: lint ## without the tests that load a vLLM engine
-	$(BIN)/python -m pytest -m "not engine and not in_progress"
-
-test-api: setup ## those of the API providers, which are not finished
-	$(BIN)/python -m pytest -m in_progress
+	$(BIN)/python -m pytest -m "not engine and not live"
 
 bench: setup ## every benchmark in turn
 	@for benchmark in $(wildcard tests/benchmarks/bench_*.py); do \

@@ -22,6 +22,15 @@ LAST_CLAUDE_WITH_SAMPLING = (4, 6)
 FIRST_CLAUDE_WITH_TEMPERATURE_OR_TOP_P = (4, 0)
 """From this version on the API refuses the two together."""
 
+OPTIONS = {
+    "claude": ("thinking", "output_config"),
+    "gemini": ("thinking", "safety_settings"),
+    "openai": ("extra_body",),
+    "local": (),
+    "echo": (),
+}
+"""The keys of an entry's `options` that its type sends. Installed providers know their own."""
+
 
 def accepted(entry: ModelConfig) -> frozenset[Parameter]:
     """The parameters that an entry's model takes, as far as they are not the same everywhere."""
@@ -49,6 +58,7 @@ def check_parameters(entry: ModelConfig, where: str) -> None:
             raise ConfigError(
                 f"{where}.{parameter}: {name} does not take it; {_fix(entry, where, parameter)}"
             )
+    _check_options(entry, where)
     overruled = entry.accepts.get("temperature") and entry.accepts.get("top_p")
     if (
         entry.temperature is not None
@@ -57,6 +67,17 @@ def check_parameters(entry: ModelConfig, where: str) -> None:
         and (_claude_version(entry) or (0, 0)) >= FIRST_CLAUDE_WITH_TEMPERATURE_OR_TOP_P
     ):
         raise ConfigError(f"{where}.top_p: {name} does not take it beside `temperature`; remove one of them")
+
+
+def _check_options(entry: ModelConfig, where: str) -> None:
+    known = OPTIONS.get(entry.type, tuple(entry.options))
+    for option in entry.options:
+        shown = f"{where}.options.{printable(option)}"
+        if option not in known:
+            remedy = f"it sends {', '.join(known)}" if known else "remove it"
+            raise ConfigError(f"{shown}: type {entry.type} does not send it; {remedy}")
+        if option == "thinking" and entry.type == "gemini" and entry.sdk != "google-genai":
+            raise ConfigError(f"{shown}: {_sender(entry)} cannot send it; write `sdk: google-genai`")
 
 
 def sendable(entry: ModelConfig) -> frozenset[Parameter]:

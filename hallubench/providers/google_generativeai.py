@@ -37,11 +37,6 @@ async def open_sdk(context: Context, settings: Settings) -> AsyncIterator[Send]:
         ConfigError: an entry's options cannot be sent.
     """
     for entry in context.entries:
-        if "thinking" in entry.options:
-            raise ConfigError(
-                f"{entry.name}: google-generativeai cannot send options.thinking: "
-                "remove it, or write `sdk: google-genai`"
-            )
         try:
             genai.GenerativeModel(entry.name, safety_settings=entry.options.get("safety_settings"))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -60,7 +55,7 @@ class _Client:
     """The SDK over REST, with one connection pool for all threads."""
 
     def __init__(self, settings: Settings) -> None:
-        endpoint = {"api_endpoint": settings.base_url.rstrip("/")} if settings.base_url else {}
+        endpoint = {"api_endpoint": settings.base_url}
         genai.configure(api_key=settings.api_key, transport="rest", client_options=endpoint)
         self._client = get_default_generative_client()
         self._session: requests.Session = self._client.transport._session

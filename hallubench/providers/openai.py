@@ -31,7 +31,7 @@ from openai.types.chat.chat_completion import Choice
 from hallubench.api_lane import Answer
 from hallubench.limits import Quota
 from hallubench.providers import Context
-from hallubench.providers.api import ApiProvider, MalformedError, check_options, open_api, settings_of
+from hallubench.providers.api import ApiProvider, MalformedError, open_api, settings_of
 from hallubench.retry import Record, Retry, Stop, Verdict, retry_after, verdict_of_status
 from hallubench.types import FinishReason, Logprobs, Request, Usage
 
@@ -59,9 +59,8 @@ async def open_openai(context: Context) -> AsyncIterator[ApiProvider]:
     """Open a client for the account of the context's entries.
 
     Raises:
-        ConfigError: the key cannot be one, or `options` holds an unknown key.
+        ConfigError: the key cannot be one.
     """
-    check_options(context, ("extra_body",))
     settings = settings_of(context)
     limits = Limits(max_connections=settings.connections, max_keepalive_connections=settings.connections)
     async with AsyncOpenAI(
@@ -302,7 +301,9 @@ def classify(error: Exception) -> Verdict:
 def _classify_status(error: APIStatusError) -> Verdict:
     body = error.body if isinstance(error.body, dict) else {}
     words = str(body.get("message") or error.message)
-    message = f"HTTP {error.status_code} {error.code or error.type or ''}".rstrip() + f": {words}"
+    # The code of vLLM and of OpenRouter is the status once more.
+    code = None if error.code == str(error.status_code) else error.code
+    message = f"HTTP {error.status_code} {code or error.type or ''}".rstrip() + f": {words}"
     named = {str(error.code), str(error.type)}
     known: dict[str, Any] = {
         "status": error.status_code,
