@@ -26,8 +26,8 @@ demo: setup ## a small real model answers 45 prompts at two temperatures
 test: lint ## every check and every test
 	$(BIN)/python -m pytest -m "not live"
 
-test-fast: lint ## without the tests that load a vLLM engine
-	$(BIN)/python -m pytest -m "not engine and not live"
+test-fast: lint ## without the tests that load an engine or take seconds
+	$(BIN)/python -m pytest -m "not engine and not slow and not live"
 
 bench: setup ## every benchmark in turn
 	@for benchmark in $(wildcard tests/benchmarks/bench_*.py); do \

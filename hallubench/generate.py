@@ -184,7 +184,6 @@ class _Generation:
         try:
             await _first(running, soon, broken)
             if soon.done() and not running.done():
-                self._result.interrupted = True
                 self._display.note("Interrupted: finishing what is in flight; press Ctrl-C again to end now.")
                 await _first(running, now, broken, seconds=GRACE_SECONDS)
         finally:
@@ -192,6 +191,7 @@ class _Generation:
                 future.cancel()
             with suppress(asyncio.CancelledError):
                 await running
+            self._result.interrupted = self._end_soon.is_set() and self._result.pending > 0
 
     async def _run_lane(self, lane: Lane) -> None:
         purses = (*self._purse, *Purse.of(lane.groups[0].entries[0]))

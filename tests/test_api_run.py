@@ -20,6 +20,8 @@ from fault_server import ANTHROPIC, GEMINI, OPENAI, Call, Fault, FaultServer, Re
 
 from hallubench.store import scan
 
+pytestmark = pytest.mark.slow
+
 KEYS = {"claude": "sk-ant-LiteralSecret", "gemini": "AIza-SecretOfTheEnvironment", "openai": "sk-proj-Secret"}
 DEMO_PROMPTS = Path(__file__).parents[1] / "configs" / "demo_prompts.json"
 

@@ -607,6 +607,7 @@ print(file.stat().st_size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
     def export_of(count: int) -> tuple[int, int]:
         rows = (a_row(i, text="x" * 40_000, logprobs=some_logprobs([("x", -1.0)])) for i in range(count))

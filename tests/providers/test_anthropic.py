@@ -18,6 +18,8 @@ from hallubench.providers import Context, open_provider
 from hallubench.providers.anthropic import classify
 from hallubench.types import Completion, Message, Prompt, Request, SamplingParams
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-ant-api03-SecretSecretSecret"
 RUN_ID = "20260131T100123-a1b2c3"
 

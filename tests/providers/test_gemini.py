@@ -21,6 +21,8 @@ from hallubench.errors import ConfigError, LaneError
 from hallubench.providers import Context, open_provider
 from hallubench.types import Completion, Message, Prompt, Request, SamplingParams
 
+pytestmark = pytest.mark.slow
+
 KEY = "AIzaSySecretSecretSecret"
 RUN_ID = "20260131T100123-a1b2c3"
 SDKS = ("google-generativeai", "google-genai")

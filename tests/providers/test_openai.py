@@ -16,6 +16,8 @@ from hallubench.errors import LaneError
 from hallubench.providers import Context, open_provider
 from hallubench.types import Completion, Logprobs, Prompt, Request, SamplingParams
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-proj-SecretSecretSecret"
 RUN_ID = "20260131T100123-a1b2c3"
 
