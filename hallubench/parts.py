@@ -166,6 +166,7 @@ def write_part(path: Path, tables: Iterable[pa.Table], replaces: Sequence[Path] 
                     )
                 for table in tables:
                     writer.write_table(table, row_group_size=_rows_per_group(table))
+                    del table  # or it would live until the next one is made
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)

@@ -56,7 +56,7 @@ def read_in_order(
     *,
     where: pl.Expr | None = None,
     columns: Sequence[str] | None = None,
-    table_bytes: int = 16 * 2**20,
+    table_bytes: int = 8 * 2**20,
 ) -> Iterator[pa.Table]:
     """The rows that count, by prompt, temperature, sample and request id, in tables of about `table_bytes`.
 

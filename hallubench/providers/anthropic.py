@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -24,13 +24,14 @@ from anthropic import (
 )
 from anthropic.types import Message
 from anthropic.types import Usage as AnthropicUsage
-from httpx2 import HTTPError, Limits
+from httpx2 import HTTPError, create_ssl_context
 
 from hallubench.accepts import OPTIONS
 from hallubench.api_lane import Answer
 from hallubench.limits import Quota
 from hallubench.providers import Context
 from hallubench.providers.api import ApiProvider, MalformedError, open_api, settings_of
+from hallubench.providers.pools import LIMITS, Pools
 from hallubench.retry import Retry, Stop, Verdict, retry_after, verdict_of_status
 from hallubench.types import FinishReason, Request, Usage
 
@@ -56,18 +57,26 @@ async def open_anthropic(context: Context) -> AsyncIterator[ApiProvider]:
         ConfigError: the key cannot be one.
     """
     settings = settings_of(context)
-    limits = Limits(max_connections=settings.connections, max_keepalive_connections=settings.connections)
-    async with AsyncAnthropic(
-        api_key=settings.api_key,
-        base_url=settings.base_url,
-        timeout=settings.timeout,
-        max_retries=0,
-        http_client=DefaultAsyncHttpxClient(limits=limits),
-    ) as client:
+    verify = create_ssl_context()
+
+    def connect() -> AsyncAnthropic:
+        return AsyncAnthropic(
+            api_key=settings.api_key,
+            base_url=settings.base_url,
+            timeout=settings.timeout,
+            max_retries=0,
+            http_client=DefaultAsyncHttpxClient(limits=LIMITS, verify=verify),
+        )
+
+    pools = Pools(settings.connections, connect)
+    async with AsyncExitStack() as stack:
+        for client in pools.clients:
+            await stack.enter_async_context(client)
 
         async def complete(request: Request) -> Answer:
-            response = await client.messages.with_raw_response.create(**arguments(request))
-            return answer(await response.parse(), response.headers)
+            with pools.client() as client:
+                response = await client.messages.with_raw_response.create(**arguments(request))
+                return answer(await response.parse(), response.headers)
 
         with open_api(context, settings, complete, classify) as provider:
             yield provider

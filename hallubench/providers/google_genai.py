@@ -10,6 +10,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.request import getproxies
 
 import aiohttp
 from google import genai
@@ -45,7 +46,9 @@ async def open_sdk(context: Context, settings: Settings) -> AsyncIterator[Send]:
             problem = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, problem["loc"]))
             raise ConfigError(f"{entry.name}: options: {where}: {problem['msg']}") from None
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=True) as session:
+    # To look for a proxy, aiohttp goes to a thread twice a call; only where there is one it needs to.
+    proxied = bool(getproxies())
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=proxied) as session:
         options = HttpOptions(
             base_url=settings.base_url,
             api_version="v1beta",  # as google-generativeai has it; the SDK's default is v1
@@ -71,10 +74,12 @@ async def open_sdk(context: Context, settings: Settings) -> AsyncIterator[Send]:
 
 
 async def _send(client: genai.Client, request: Request) -> str:
-    system, contents = conversation(request)
+    system, turns = conversation(request)
+    contents = [Content.model_validate(turn) for turn in turns]
     response = await client.aio.models.generate_content(
         model=request.model,
-        contents=[Content.model_validate(turn) for turn in contents],
+        # A list costs the SDK a hundred failing look-ups to tell what it is a list of.
+        contents=contents[0] if len(contents) == 1 else contents,
         config=_config(
             request.options, system_instruction=system, **generation_config(request.params), **ONE_CALL
         ),

@@ -11,11 +11,11 @@ import math
 import re
 from array import array
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import accumulate
 from typing import Any
 
-from httpx2 import HTTPError, Limits
+from httpx2 import HTTPError, create_ssl_context
 from openai import (
     APIConnectionError,
     APIResponseValidationError,
@@ -32,6 +32,7 @@ from hallubench.api_lane import Answer
 from hallubench.limits import Quota
 from hallubench.providers import Context
 from hallubench.providers.api import ApiProvider, MalformedError, open_api, settings_of
+from hallubench.providers.pools import LIMITS, Pools
 from hallubench.retry import Record, Retry, Stop, Verdict, retry_after, verdict_of_status
 from hallubench.types import FinishReason, Logprobs, Request, Usage
 
@@ -62,21 +63,30 @@ async def open_openai(context: Context) -> AsyncIterator[ApiProvider]:
         ConfigError: the key cannot be one.
     """
     settings = settings_of(context)
-    limits = Limits(max_connections=settings.connections, max_keepalive_connections=settings.connections)
-    async with AsyncOpenAI(
-        api_key=settings.api_key or NO_KEY,
-        base_url=settings.base_url,
-        timeout=settings.timeout,
-        max_retries=0,
-        http_client=DefaultAsyncHttpxClient(limits=limits),
-    ) as client:
-        # OpenAI's newer models refuse the old name of the limit; other servers may not know the new one.
-        limit_name = "max_completion_tokens" if client.base_url.host == "api.openai.com" else "max_tokens"
+    # OpenAI's newer models refuse the old name of the limit; other servers may not know the new one.
+    official = settings.base_url.startswith("https://api.openai.com/")
+    limit_name = "max_completion_tokens" if official else "max_tokens"
+    verify = create_ssl_context()
+
+    def connect() -> AsyncOpenAI:
+        return AsyncOpenAI(
+            api_key=settings.api_key or NO_KEY,
+            base_url=settings.base_url,
+            timeout=settings.timeout,
+            max_retries=0,
+            http_client=DefaultAsyncHttpxClient(limits=LIMITS, verify=verify),
+        )
+
+    pools = Pools(settings.connections, connect)
+    async with AsyncExitStack() as stack:
+        for client in pools.clients:
+            await stack.enter_async_context(client)
 
         async def complete(request: Request) -> Answer:
             sent = arguments(request, limit_name)
-            response = await client.chat.completions.with_raw_response.create(**sent)
-            return answer(response.parse(), response.headers, request.params.prompt_logprobs)
+            with pools.client() as client:
+                response = await client.chat.completions.with_raw_response.create(**sent)
+                return answer(response.parse(), response.headers, request.params.prompt_logprobs)
 
         with open_api(context, settings, complete, classify) as provider:
             yield provider

@@ -59,7 +59,18 @@ def hallubench(config: str) -> dict[str, Any]:
     result = run(Config.model_validate(json.loads(config)))
     if result.problems or result.failed:
         sys.exit("; ".join(result.problems) or f"{result.failed} requests failed")
-    return {"answered": result.answered, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    return {"answered": result.answered}
+
+
+def command(config: str) -> dict[str, Any]:
+    """The same by the command, for its memory."""
+    from hallubench.cli import main
+
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(config)
+        file.flush()
+        main(["generate", "--config", file.name], standalone_mode=False)
+    return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
 def bare_claude(url: str, prompts: str) -> dict[str, Any]:
@@ -130,7 +141,9 @@ async def ask_all(ask: Callable[[str], Awaitable[object]], prompts: list[str]) -
     return sum(map(len, await asyncio.gather(*(work() for _ in range(CONNECTIONS)))))
 
 
-def generate(folder: Path, urls: dict[str, str], prompts: Path, **settings: Any) -> dict[str, Any]:
+def generate(
+    folder: Path, urls: dict[str, str], prompts: Path, role: str = "hallubench", **settings: Any
+) -> dict[str, Any]:
     """Run hallubench over a lane for each type in `urls`, as a process of its own."""
     models = [
         MODELS[type_] | {"type": type_, "base_url": url, "api_key": API_KEY, "max_tokens": MAX_TOKENS}
@@ -138,7 +151,7 @@ def generate(folder: Path, urls: dict[str, str], prompts: Path, **settings: Any)
     ]
     output = tempfile.mkdtemp(prefix="store-", dir=folder)
     config = {"prompts_file": str(prompts), "output_dir": output, "requests_per_minute": None}
-    return run_role(__file__, "hallubench", json.dumps(config | settings | {"models": models}))
+    return run_role(__file__, role, json.dumps(config | settings | {"models": models}))
 
 
 def timed(role: Callable[[str], dict[str, Any]], latency: float) -> tuple[Calls, float]:
@@ -177,7 +190,7 @@ def bench_memory(folder: Path) -> None:
     for count in MEMORY_PROMPTS:
         prompts = write_prompts(folder, count)
         with LoopbackServer(latency=0.0) as server:
-            done = generate(folder, {"claude": server.url}, prompts, max_concurrency=CONNECTIONS)
+            done = generate(folder, {"claude": server.url}, prompts, "command", max_concurrency=CONNECTIONS)
             calls = server.calls()
         peaks.append(done["peak"])
         print(f"{count} prompts: peak {peaks[-1] / 1024:.0f} MiB, {calls.per_second:.0f} requests/s")
@@ -235,6 +248,7 @@ def main() -> None:
 if __name__ == "__main__":
     roles: dict[str, Callable[..., dict[str, Any]]] = {
         "hallubench": hallubench,
+        "command": command,
         "bare_claude": bare_claude,
         "bare_gemini": bare_gemini,
     }
