@@ -24,7 +24,7 @@ demo: setup ## a small real model answers 45 prompts at two temperatures
 	$(BIN)/python configs/demo.py
 
 test: lint ## every check and every test
-	$(BIN)/python -m pytest -m "not live"
+	$(BIN)/python -m pytest
 
 test-fast: lint ## without the tests that load an engine or take seconds
 	$(BIN)/python -m pytest -m "not engine and not slow and not live"

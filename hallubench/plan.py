@@ -250,18 +250,22 @@ def _lane_key(entry: ModelConfig) -> object:
 
 
 def _check_budgets(config: Config, first: ModelConfig, entry: ModelConfig, index: int) -> None:
-    for key in BUDGETS:
-        one, other = config.limit(first, key), config.limit(entry, key)
+    differing: dict[str, tuple[Any, Any]] = {"sdk": (first.sdk, entry.sdk)}
+    differing |= {key: (config.limit(first, key), config.limit(entry, key)) for key in BUDGETS}
+    for key, (one, other) in differing.items():
         if one != other:
             twin = next(place for place, one in enumerate(config.models) if one is first)
+            remedy = (
+                "write the same on both" if key == "sdk" else "write it on the config, or the same on both"
+            )
             raise ConfigError(
                 f"models[{twin}] and models[{index}] share one account and give it a different {key} "
-                f"({_budget(one)} and {_budget(other)}); write it on the config, or the same on both"
+                f"({_shown(one)} and {_shown(other)}); {remedy}"
             )
 
 
-def _budget(value: float | None) -> str:
-    return "none" if value is None else f"{value:g}"
+def _shown(value: float | str | None) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float | int) else value
 
 
 def _group_key(entry: ModelConfig) -> object:

@@ -88,7 +88,7 @@ def verdict_of_status(
         error_type, fix = STOPPING[status]
         return Stop(
             error_type=error_type,
-            message=f"{message}: {fix}",
+            message=f"{message.rstrip('.')}: {fix}",
             status=status,
             provider_request_id=provider_request_id,
             quotas=quotas,

@@ -149,6 +149,33 @@ def test_real_prompts_reach_all_lanes_through_trouble_and_each_is_answered_once(
     assert tries.total() == servers.calls(), "what is paid for is not bought again"
 
 
+@pytest.mark.engine
+def test_api_lanes_and_a_local_engine_answer_at_the_same_time(
+    serve: Callable[..., Servers], tiny_model: Path
+) -> None:
+    def slow(call: Call) -> Response:
+        return Response(ANTHROPIC.answer(answer_to(call.prompt), call.body), delay=1.0)
+
+    local = {"name": "tiny-llama", "type": "local", "model_path": str(tiny_model), "max_tokens": 16}
+    number = len(json.loads(DEMO_PROMPTS.read_text())["prompts"])
+    servers = serve(claude=slow, gemini=in_trouble(), openai=in_trouble())
+    config = servers.config(DEMO_PROMPTS, max_concurrency=1)
+    entries = json.loads(config.read_text())
+    config.write_text(json.dumps(entries | {"models": [*entries["models"], local]}))
+    run = hallubench("generate", "--config", config)
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = scan(servers.output).collect()
+    assert rows["error"].null_count() == rows.height == 5 * number
+    spans = {
+        model: (first, last)
+        for model, first, last in rows.group_by("model")
+        .agg(first=pl.col("timestamp").min(), last=pl.col("timestamp").max())
+        .iter_rows()
+    }
+    claude, engine = spans["claude-3-5-sonnet-20241022"], spans["tiny-llama"]
+    assert claude[0] < engine[0] < claude[1], "the engine answers while Claude does"
+
+
 def test_a_lane_that_cannot_go_on_leaves_the_others_alone_and_its_requests_pending(
     serve: Callable[..., Servers], tmp_path: Path
 ) -> None:

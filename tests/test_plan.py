@@ -115,6 +115,12 @@ def test_entries_that_share_weights_and_options_share_an_engine(tmp_path: Path) 
     assert [len(group.entries) for group in lane.groups] == [3, 1]
 
 
+def test_one_account_is_asked_by_one_sdk(tmp_path: Path) -> None:
+    gemini = {"name": "gemini-2.5-flash", "type": "gemini"}
+    with pytest.raises(ConfigError, match=r"different sdk \(none and google-genai\); write the same on both"):
+        plan_of(tmp_path, gemini, gemini | {"top_k": 2, "sdk": "google-genai"})
+
+
 def test_two_accounts_of_one_provider_are_two_lanes(tmp_path: Path) -> None:
     models = [{"name": f"m{i}", "type": "echo", "api_key": key} for i, key in enumerate("aab")]
     plan = plan_of(tmp_path, *models)

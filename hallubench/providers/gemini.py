@@ -84,14 +84,11 @@ async def open_gemini(context: Context) -> AsyncIterator[ApiProvider]:
 
 
 def _open_sdk(context: Context, settings: Settings) -> AbstractAsyncContextManager[Send]:
-    names = {entry.sdk or "google-generativeai" for entry in context.entries}
-    if len(names) > 1:
-        raise ConfigError("entries of one Gemini account name different SDKs; give them the same `sdk`")
-    (name,) = names
+    name = context.entries[0].sdk or "google-generativeai"
     try:
         open_sdk: OpenSdk = import_module(SDKS[name]).open_sdk
     except ImportError as error:
-        raise ConfigError(f"sdk {name}: {error}; run pip install {name} aiohttp") from None
+        raise ConfigError(f"sdk {name}: {error}; `hallubench validate` tells what to install") from None
     return open_sdk(context, settings)
 
 
