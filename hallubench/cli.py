@@ -151,7 +151,7 @@ def status(folder: Path) -> None:
 @main.command()
 @_config_options
 def validate(path: Path, **overrides: Any) -> None:
-    """Check packages, prompts, models, keys, GPU, memory and disk, without asking anything."""
+    """Check packages, prompts, models, keys, GPU, memory and disk. No model is asked anything."""
     from hallubench.checks import check_config
 
     failed = 0
