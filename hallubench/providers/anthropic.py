@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from ssl import SSLContext
 from typing import Any
 
 from anthropic import (
@@ -24,14 +25,14 @@ from anthropic import (
 )
 from anthropic.types import Message
 from anthropic.types import Usage as AnthropicUsage
-from httpx2 import HTTPError, create_ssl_context
+from httpx2 import HTTPError
 
 from hallubench.accepts import OPTIONS
 from hallubench.api_lane import Answer
 from hallubench.limits import Quota
 from hallubench.providers import Context
 from hallubench.providers.api import ApiProvider, MalformedError, open_api, settings_of
-from hallubench.providers.pools import LIMITS, Pools
+from hallubench.providers.pools import LIMITS, open_pools
 from hallubench.retry import Retry, Stop, Verdict, retry_after, verdict_of_status
 from hallubench.types import FinishReason, Request, Usage
 
@@ -57,9 +58,8 @@ async def open_anthropic(context: Context) -> AsyncIterator[ApiProvider]:
         ConfigError: the key cannot be one.
     """
     settings = settings_of(context)
-    verify = create_ssl_context()
 
-    def connect() -> AsyncAnthropic:
+    def connect(verify: SSLContext) -> AsyncAnthropic:
         return AsyncAnthropic(
             api_key=settings.api_key,
             base_url=settings.base_url,
@@ -68,10 +68,7 @@ async def open_anthropic(context: Context) -> AsyncIterator[ApiProvider]:
             http_client=DefaultAsyncHttpxClient(limits=LIMITS, verify=verify),
         )
 
-    pools = Pools(settings.connections, connect)
-    async with AsyncExitStack() as stack:
-        for client in pools.clients:
-            await stack.enter_async_context(client)
+    async with open_pools(settings.connections, connect) as pools:
 
         async def complete(request: Request) -> Answer:
             with pools.client() as client:

@@ -11,11 +11,12 @@ import math
 import re
 from array import array
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from itertools import accumulate
+from ssl import SSLContext
 from typing import Any
 
-from httpx2 import HTTPError, create_ssl_context
+from httpx2 import HTTPError
 from openai import (
     APIConnectionError,
     APIResponseValidationError,
@@ -32,7 +33,7 @@ from hallubench.api_lane import Answer
 from hallubench.limits import Quota
 from hallubench.providers import Context
 from hallubench.providers.api import ApiProvider, MalformedError, open_api, settings_of
-from hallubench.providers.pools import LIMITS, Pools
+from hallubench.providers.pools import LIMITS, open_pools
 from hallubench.retry import Record, Retry, Stop, Verdict, retry_after, verdict_of_status
 from hallubench.types import FinishReason, Logprobs, Request, Usage
 
@@ -66,9 +67,8 @@ async def open_openai(context: Context) -> AsyncIterator[ApiProvider]:
     # OpenAI's newer models refuse the old name of the limit; other servers may not know the new one.
     official = settings.base_url.startswith("https://api.openai.com/")
     limit_name = "max_completion_tokens" if official else "max_tokens"
-    verify = create_ssl_context()
 
-    def connect() -> AsyncOpenAI:
+    def connect(verify: SSLContext) -> AsyncOpenAI:
         return AsyncOpenAI(
             api_key=settings.api_key or NO_KEY,
             base_url=settings.base_url,
@@ -77,10 +77,7 @@ async def open_openai(context: Context) -> AsyncIterator[ApiProvider]:
             http_client=DefaultAsyncHttpxClient(limits=LIMITS, verify=verify),
         )
 
-    pools = Pools(settings.connections, connect)
-    async with AsyncExitStack() as stack:
-        for client in pools.clients:
-            await stack.enter_async_context(client)
+    async with open_pools(settings.connections, connect) as pools:
 
         async def complete(request: Request) -> Answer:
             sent = arguments(request, limit_name)

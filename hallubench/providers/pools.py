@@ -7,40 +7,54 @@ them, that costs a third of all CPU time of a call; pools of 16 cost next to not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Generic, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from ssl import SSLContext
+from typing import Any, Generic, TypeVar
 
-from httpx2 import Limits
+from httpx2 import Limits, create_ssl_context
 
-Client = TypeVar("Client")
+Client = TypeVar("Client", bound=AbstractAsyncContextManager[Any, Any])
 
 CONNECTIONS = 16
 """Of one pool."""
 LIMITS = Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
 
 
-class Pools(Generic[Client]):
-    """Clients of one SDK, each with a pool of its own.
+@asynccontextmanager
+async def open_pools(
+    connections: int, connect: Callable[[SSLContext], Client]
+) -> AsyncIterator[Pools[Client]]:
+    """Open as many clients as it takes.
 
     Args:
         connections: calls that are in flight at once, at most.
-        connect: makes a client with `LIMITS`; called once for each pool.
+        connect: makes a client with `LIMITS`, and with the SSL context that all share: each takes 20 ms.
     """
+    verify = create_ssl_context()
+    clients = [connect(verify) for _ in range(math.ceil(connections / CONNECTIONS))]
+    async with AsyncExitStack() as stack:
+        for client in clients:
+            await stack.enter_async_context(client)
+        yield Pools(clients)
 
-    def __init__(self, connections: int, connect: Callable[[], Client]) -> None:
-        self.clients = [connect() for _ in range(math.ceil(connections / CONNECTIONS))]
-        self._in_flight = [0] * len(self.clients)
+
+class Pools(Generic[Client]):
+    """Clients of one SDK, each with a pool of its own."""
+
+    def __init__(self, clients: Sequence[Client]) -> None:
+        self._clients = clients
+        self._in_flight = [0] * len(clients)
 
     @contextmanager
     def client(self) -> Iterator[Client]:
         """One that has a connection to spare, for one call: the first, whose connections are warm."""
         place = next(
             (place for place, count in enumerate(self._in_flight) if count < CONNECTIONS),
-            len(self.clients) - 1,
+            len(self._clients) - 1,
         )
         self._in_flight[place] += 1
         try:
-            yield self.clients[place]
+            yield self._clients[place]
         finally:
             self._in_flight[place] -= 1
