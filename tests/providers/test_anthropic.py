@@ -1,43 +1,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import aclosing
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_server import ANTHROPIC, Call, Fault, FaultServer, Response, answer_to, run_fast
+from asking import ask, context, log, served_by
+from fault_server import ANTHROPIC, Behaviour, Call, Fault, FaultServer, Response, answer_to, run_fast
 from llmock.pytest_plugin import LLMock
 
 from hallubench.config import Config
 from hallubench.errors import ConfigError, LaneError
-from hallubench.providers import Context, open_provider
 from hallubench.providers.anthropic import classify
 from hallubench.types import Completion, Message, Prompt, Request, SamplingParams
 
 pytestmark = pytest.mark.slow
 
 KEY = "sk-ant-api03-SecretSecretSecret"
-RUN_ID = "20260131T100123-a1b2c3"
 
 
 def config(base_url: str, **entry: Any) -> Config:
     model = {"name": "claude-3-5-sonnet", "type": "claude", "api_key": KEY, "base_url": base_url} | entry
     return Config.model_validate({"requests_per_minute": None, "timeout": 100.0, "models": [model]})
-
-
-def context(config: Config, folder: Path, notes: list[str] | None = None) -> Context:
-    return Context(
-        config=config,
-        entries=config.models,
-        run_id=RUN_ID,
-        runs_dir=folder,
-        record=lambda key, fact: None,
-        notify=(notes if notes is not None else []).append,
-    )
 
 
 def request(text: str = "Hello?", *, system: str | None = None, **fields: Any) -> Request:
@@ -55,37 +41,13 @@ def request(text: str = "Hello?", *, system: str | None = None, **fields: Any) -
     )
 
 
-async def ask(context: Context, requests: Iterable[Request]) -> list[Completion]:
-    async with (
-        open_provider("claude", context) as provider,
-        aclosing(provider.generate(requests)) as completions,
-    ):
-        return [completion async for completion in completions]
-
-
 def served(
     folder: Path,
-    behave: Callable[[Call], Response | Fault | None],
+    behave: Behaviour,
     requests: Iterable[Request] = (request(),),
     **entry: Any,
 ) -> tuple[list[Completion], list[Call]]:
-    """The completions of a server that behaves so, and the calls it saw: as many as the log has lines."""
-
-    async def main() -> tuple[list[Completion], list[Call]]:
-        async with FaultServer(ANTHROPIC, behave) as server:
-            asked = context(config(server.url, **entry), folder)
-            try:
-                return await ask(asked, requests), server.calls
-            finally:
-                assert len(log(folder)) == len(server.calls)
-
-    return run_fast(main())
-
-
-def log(folder: Path) -> list[dict[str, Any]]:
-    text = "".join(path.read_text() for path in folder.glob(f"{RUN_ID}.attempts.jsonl"))
-    assert KEY not in text
-    return [json.loads(line) for line in text.splitlines()]
+    return served_by(ANTHROPIC, behave, lambda url: config(url, **entry), folder, requests)
 
 
 def error(status: int, type_: str, message: str = "...", **fields: Any) -> Response:

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_server import GEMINI, Call, Fault, FaultServer, Response, answer_to, run_fast
+from asking import ask, context, log, served_by
+from fault_server import GEMINI, Behaviour, Call, Fault, FaultServer, Response, answer_to, run_fast
 from llmock.pytest_plugin import LLMock
 
 from hallubench.config import Config
 from hallubench.errors import ConfigError, LaneError
-from hallubench.providers import Context, open_provider
+from hallubench.providers import open_provider
 from hallubench.types import Completion, Message, Prompt, Request, SamplingParams
 
 pytestmark = pytest.mark.slow
 
 KEY = "AIzaSySecretSecretSecret"
-RUN_ID = "20260131T100123-a1b2c3"
 SDKS = ("google-generativeai", "google-genai")
 
 
@@ -37,17 +36,6 @@ def config(base_url: str, **entry: Any) -> Config:
     model = {"name": "gemini-1.5-pro", "type": "gemini", "api_key": KEY, "base_url": base_url} | entry
     return Config.model_validate(
         {"requests_per_minute": None, "timeout": 100.0, "seed": None, "models": [model]}
-    )
-
-
-def context(config: Config, folder: Path) -> Context:
-    return Context(
-        config=config,
-        entries=config.models,
-        run_id=RUN_ID,
-        runs_dir=folder,
-        record=lambda key, fact: None,
-        notify=lambda line: None,
     )
 
 
@@ -65,37 +53,13 @@ def question(text: str = "Hello?", **fields: Any) -> Request:
     )
 
 
-async def ask(context: Context, requests: Iterable[Request]) -> list[Completion]:
-    async with (
-        open_provider("gemini", context) as provider,
-        aclosing(provider.generate(requests)) as completions,
-    ):
-        return [completion async for completion in completions]
-
-
 def served(
     folder: Path,
-    behave: Callable[[Call], Response | Fault | None],
+    behave: Behaviour,
     requests: Iterable[Request] = (question(),),
     **entry: Any,
 ) -> tuple[list[Completion], list[Call]]:
-    """The completions of a server that behaves so, and the calls it saw: as many as the log has lines."""
-
-    async def main() -> tuple[list[Completion], list[Call]]:
-        async with FaultServer(GEMINI, behave) as server:
-            try:
-                return await ask(context(config(server.url, **entry), folder), requests), server.calls
-            finally:
-                assert len(log(folder)) == len(server.calls)
-
-    return run_fast(main())
-
-
-def log(folder: Path) -> list[dict[str, Any]]:
-    path = folder / f"{RUN_ID}.attempts.jsonl"
-    text = path.read_text() if path.exists() else ""
-    assert KEY not in text
-    return [json.loads(line) for line in text.splitlines()]
+    return served_by(GEMINI, behave, lambda url: config(url, **entry), folder, requests)
 
 
 def response(**candidate: Any) -> dict[str, Any]:

@@ -1,38 +1,27 @@
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable
-from contextlib import aclosing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_server import OPENAI, Call, Fault, FaultServer, Response, answer_to, run_fast
+from asking import ask, context, log, served_by
+from fault_server import OPENAI, Behaviour, Call, Fault, Response, answer_to, run_fast
 from llmock.pytest_plugin import LLMock
 
 from hallubench.config import Config
 from hallubench.errors import LaneError
-from hallubench.providers import Context, open_provider
 from hallubench.types import Completion, Logprobs, Prompt, Request, SamplingParams
 
 pytestmark = pytest.mark.slow
 
 KEY = "sk-proj-SecretSecretSecret"
-RUN_ID = "20260131T100123-a1b2c3"
 
 
-def context(base_url: str, folder: Path, **entry: Any) -> Context:
+def config(base_url: str, **entry: Any) -> Config:
     model = {"name": "tiny", "type": "openai", "api_key": KEY, "base_url": f"{base_url}/v1"} | entry
-    config = Config.model_validate({"requests_per_minute": None, "timeout": 100.0, "models": [model]})
-    return Context(
-        config=config,
-        entries=config.models,
-        run_id=RUN_ID,
-        runs_dir=folder,
-        record=lambda key, fact: None,
-        notify=lambda line: None,
-    )
+    return Config.model_validate({"requests_per_minute": None, "timeout": 100.0, "models": [model]})
 
 
 def request(text: str = "Hello?", *, options: dict[str, Any] | None = None, **params: Any) -> Request:
@@ -48,37 +37,13 @@ def request(text: str = "Hello?", *, options: dict[str, Any] | None = None, **pa
     )
 
 
-async def ask(context: Context, requests: Iterable[Request]) -> list[Completion]:
-    async with (
-        open_provider("openai", context) as provider,
-        aclosing(provider.generate(requests)) as completions,
-    ):
-        return [completion async for completion in completions]
-
-
 def served(
     folder: Path,
-    behave: Callable[[Call], Response | Fault | None],
+    behave: Behaviour,
     requests: Iterable[Request] = (request(),),
     **entry: Any,
 ) -> tuple[list[Completion], list[Call]]:
-    """The completions of a server that behaves so, and the calls it saw: as many as the log has lines."""
-
-    async def main() -> tuple[list[Completion], list[Call]]:
-        async with FaultServer(OPENAI, behave) as server:
-            asked = context(server.url, folder, **entry)
-            try:
-                return await ask(asked, requests), server.calls
-            finally:
-                assert len(log(folder)) == len(server.calls)
-
-    return run_fast(main())
-
-
-def log(folder: Path) -> list[dict[str, Any]]:
-    text = (folder / f"{RUN_ID}.attempts.jsonl").read_text()
-    assert KEY not in text
-    return [json.loads(line) for line in text.splitlines()]
+    return served_by(OPENAI, behave, lambda url: config(url, **entry), folder, requests)
 
 
 def error(status: int, **fields: Any) -> Response:
@@ -341,7 +306,7 @@ def test_the_quota_in_the_headers_is_kept_to(tmp_path: Path) -> None:
 def test_the_wire_is_that_of_a_server_written_elsewhere(tmp_path: Path, llmock: LLMock) -> None:
     llmock.fail(503, times=1)
     asked = [request(f"prompt {n}", temperature=0.7) for n in range(20)]
-    answers = run_fast(ask(context(llmock.url, tmp_path), asked), speed=20)
+    answers = run_fast(ask(context(config(llmock.url), tmp_path), asked), speed=20)
     assert {answer.request_id for answer in answers} == {one.request_id for one in asked}
     assert all(answer.text and answer.usage.output_tokens for answer in answers)
     assert len(llmock.requests) == len(log(tmp_path)) == 21
