@@ -34,7 +34,7 @@ def outdated_rows(parts: Sequence[Source]) -> list[pl.Series]:
     if len(parts) < 2:
         return none  # within one part no request occurs twice
     hashed = pl.col("request_id").hash()
-    ids = pl.concat([scan_parts([part]).select(hashed).collect().to_series() for part in parts])
+    ids = pl.concat([_hashed_ids(part) for part in parts])
     if ids.n_unique() == len(ids):
         return none
     repeated = ids.filter(ids.is_duplicated()).unique().implode()
@@ -49,6 +49,15 @@ def outdated_rows(parts: Sequence[Source]) -> list[pl.Series]:
     ranked = rows.sort("answered", "timestamp", "part")
     outdated = ranked.filter(~pl.col("request_id").is_last_distinct())
     return [outdated.filter(pl.col("part") == number)["row"].sort() for number in range(len(parts))]
+
+
+def _hashed_ids(part: Source) -> pl.Series:
+    """Read batch by batch: polars would hold all of the part's ids, and buffers for each of its threads."""
+    hashes = [pl.Series(dtype=pl.UInt64)]
+    with pq.ParquetFile(part, pre_buffer=False) as file:
+        for batch in file.iter_batches(columns=["request_id"], use_threads=False):
+            hashes.append(pl.Series(batch["request_id"]).hash())
+    return pl.concat(hashes)
 
 
 def read_in_order(
