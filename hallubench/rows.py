@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import polars as pl
@@ -53,11 +54,12 @@ def outdated_rows(parts: Sequence[Source]) -> list[pl.Series]:
 
 def _hashed_ids(part: Source) -> pl.Series:
     """Read batch by batch: polars would hold all of the part's ids, and buffers for each of its threads."""
-    hashes = [pl.Series(dtype=pl.UInt64)]
     with pq.ParquetFile(part, pre_buffer=False) as file:
-        for batch in file.iter_batches(columns=["request_id"], use_threads=False):
-            hashes.append(pl.Series(batch["request_id"]).hash())
-    return pl.concat(hashes)
+        batches = file.iter_batches(columns=["request_id"], use_threads=False)
+        hashes = [pl.Series(batch["request_id"]).hash() for batch in batches]
+    if not isinstance(part, Path):
+        part.seek(0)  # polars reads an open file from where it stands
+    return pl.concat([pl.Series(dtype=pl.UInt64), *hashes])
 
 
 def read_in_order(
