@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from hallubench.config import ENV_VARIABLE, KEY_VARIABLES, Config, ModelConfig, missing_variables
+from hallubench.config import ENV_VARIABLE, KEY_VARIABLES, USABLE_KEY, Config, ModelConfig, missing_variables
 from hallubench.errors import ConfigError, InputError
 from hallubench.plan import make_plan
 from hallubench.prompts import PromptFile
@@ -222,7 +221,7 @@ def _check_key(entry: ModelConfig) -> Check:
     key = entry.key
     if missing := ENV_VARIABLE.findall(key or ""):
         return Check(subject, f"{missing[0]} is not set", f"run: export {missing[0]}=...")
-    if key and not re.fullmatch(r"[!-~]+", key):
+    if key and not USABLE_KEY.fullmatch(key):
         return Check(subject, "it holds spaces or special characters", "copy it again")
     if key:
         return Check(subject, f"{variable} is set" if entry.api_key is None else "`api_key` is set")

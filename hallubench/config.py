@@ -60,6 +60,9 @@ SHORTEST_SECRET = 8
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+USABLE_KEY = re.compile(r"[!-~]+")
+"""What an HTTP header can carry, and no key has more than that."""
+
 Parameter: TypeAlias = Literal["temperature", "top_p", "top_k", "seed", "logprobs", "prompt_logprobs"]
 
 
@@ -219,6 +222,14 @@ class ModelConfig(_Limits):
         return os.environ.get(KEY_VARIABLES.get(self.type, "")) or None
 
     @property
+    def secrets(self) -> frozenset[str]:
+        """The key, if it is one that nothing written or shown may hold."""
+        key = self.key or ""
+        return (
+            frozenset({key}) if len(key) >= SHORTEST_SECRET and not ENV_VARIABLE.search(key) else frozenset()
+        )
+
+    @property
     def weights(self) -> str:
         """Local: the folder or repository to load."""
         weights = self.model_path or self.name
@@ -278,8 +289,7 @@ class Config(_Limits):
     @property
     def secrets(self) -> frozenset[str]:
         """The keys of all entries: what nothing written or shown may hold."""
-        keys = {entry.key or "" for entry in self.models}
-        return frozenset(key for key in keys if len(key) >= SHORTEST_SECRET and not ENV_VARIABLE.search(key))
+        return frozenset().union(*(entry.secrets for entry in self.models))
 
     def to_json(self) -> dict[str, Any]:
         """The config as plain JSON values, only what was set, without the keys."""

@@ -137,7 +137,7 @@ def make_plan(config: Config, prompts: PromptFile) -> Plan:
             raise ConfigError(f"models[{twin}] and models[{index}] ask exactly the same; remove one of them")
         lane, group = _lane_key(entry), _group_key(entry)
         if lane in lanes and entry.type != "local":
-            _check_budgets(config, next(iter(lanes[lane].values()))[0], entry, index)
+            _check_account(config, next(iter(lanes[lane].values()))[0], entry, index)
         lanes.setdefault(lane, {}).setdefault(group, []).append(entry)
     names = _distinct([_type_of(groups) for groups in lanes.values()])
     return Plan(
@@ -249,7 +249,7 @@ def _lane_key(entry: ModelConfig) -> object:
     return entry.type, entry.key, entry.base_url
 
 
-def _check_budgets(config: Config, first: ModelConfig, entry: ModelConfig, index: int) -> None:
+def _check_account(config: Config, first: ModelConfig, entry: ModelConfig, index: int) -> None:
     differing: dict[str, tuple[Any, Any]] = {"sdk": (first.sdk, entry.sdk)}
     differing |= {key: (config.limit(first, key), config.limit(entry, key)) for key in BUDGETS}
     for key, (one, other) in differing.items():

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import httpx2
 
-from hallubench.config import BASE_URLS, KEY_VARIABLES, SHORTEST_SECRET, ModelConfig
+from hallubench.config import BASE_URLS, KEY_VARIABLES, ModelConfig
 from hallubench.redact import redact
 from hallubench.text import printable
 
@@ -125,9 +125,7 @@ class _Inquiry:
 
     def _shown(self, text: object) -> str:
         """What others wrote, fit to be shown."""
-        key = self.entry.key or ""
-        secrets = [key] if len(key) >= SHORTEST_SECRET else []
-        return printable(redact(str(text), secrets), longest=200)
+        return printable(redact(str(text), self.entry.secrets), longest=200)
 
 
 def _json(body: bytes) -> Any:

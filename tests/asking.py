@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from fault_server import Behaviour, Call, FaultServer, Wire, run_fast
 
 from hallubench.config import Config
 from hallubench.providers import Context, open_provider
-from hallubench.types import Completion, Request
+from hallubench.types import Completion, Message, Prompt, Request, SamplingParams
 
 RUN_ID = "20260131T100123-a1b2c3"
 
@@ -36,19 +36,44 @@ async def ask(context: Context, requests: Iterable[Request]) -> list[Completion]
         return [completion async for completion in completions]
 
 
+def request_to(
+    provider: str,
+    model: str,
+    text: str = "Hello?",
+    *,
+    system: str | None = None,
+    messages: tuple[Message, ...] | None = None,
+    options: Mapping[str, Any] | None = None,
+    **params: Any,
+) -> Request:
+    return Request(
+        request_id=f"id of {text}",
+        prompt=Prompt(id=text, index=0, text=None if messages else text, messages=messages),
+        sample_index=0,
+        provider=provider,
+        model=model,
+        system_prompt=system,
+        params=SamplingParams(**({"max_tokens": 64} | params)),
+        options=options or {},
+    )
+
+
 def served_by(
     wire: Wire,
-    behave: Behaviour,
-    config_of: Callable[[str], Config],
+    config_of: Callable[..., Config],
+    question: Request,
     folder: Path,
-    requests: Iterable[Request],
+    behave: Behaviour,
+    requests: Iterable[Request] | None = None,
+    **entry: Any,
 ) -> tuple[list[Completion], list[Call]]:
     """The completions of a server that behaves so, and the calls it saw: as many as the log has lines."""
 
     async def main() -> tuple[list[Completion], list[Call]]:
         async with FaultServer(wire, behave) as server:
+            asked = context(config_of(server.url, **entry), folder)
             try:
-                return await ask(context(config_of(server.url), folder), requests), server.calls
+                return await ask(asked, [question] if requests is None else requests), server.calls
             finally:
                 assert len(log(folder)) == len(server.calls)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import polars as pl
@@ -179,12 +180,12 @@ def test_api_lanes_and_a_local_engine_answer_at_the_same_time(
 def test_a_lane_that_cannot_go_on_leaves_the_others_alone_and_its_requests_pending(
     serve: Callable[..., Servers], tmp_path: Path
 ) -> None:
-    refusals = iter([True] * 1_000)
-    refused: dict[str, Iterator[bool]] = {"now": refusals}
+    refusing = Event()
+    refusing.set()
 
     def refuse(call: Call) -> Response | None:
         wrong = {"type": "error", "error": {"type": "authentication_error", "message": "invalid x-api-key"}}
-        return Response(wrong, 401) if next(refused["now"], False) else None
+        return Response(wrong, 401) if refusing.is_set() else None
 
     servers = serve(claude=refuse)
     config = servers.config(some_prompts(tmp_path, 50))
@@ -193,7 +194,7 @@ def test_a_lane_that_cannot_go_on_leaves_the_others_alone_and_its_requests_pendi
     assert "claude stopped: HTTP 401 authentication_error: invalid x-api-key: check `api_key`" in run.stderr
     rows = scan(servers.output).collect()
     assert dict(rows.group_by("model").len().iter_rows()) == {"gemini-1.5-pro": 50, "tiny": 50, "echo": 50}
-    refused["now"] = iter(())
+    refusing.clear()
     assert hallubench("generate", "--config", config).returncode == 0
     rows = scan(servers.output).collect()
     assert (rows.height, rows["error"].null_count()) == (200, 200)

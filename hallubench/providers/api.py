@@ -6,7 +6,6 @@ A provider adds `complete` and `classify` (see `api_lane`), and the client of it
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from hallubench.account import Account
 from hallubench.api_lane import Classify, Complete, answer_all
 from hallubench.attempts import AttemptLog
-from hallubench.config import BASE_URLS
+from hallubench.config import BASE_URLS, USABLE_KEY
 from hallubench.errors import ConfigError
 from hallubench.limits import MOST_CONCURRENCY, Budget
 from hallubench.providers import Context
@@ -55,7 +54,7 @@ def settings_of(context: Context) -> Settings:
         ConfigError: the key holds what no key has and no HTTP header can carry.
     """
     config, first = context.config, context.entries[0]
-    if first.key and not re.fullmatch(r"[!-~]+", first.key):
+    if first.key and not USABLE_KEY.fullmatch(first.key):
         raise ConfigError(f"{first.name}: the API key holds spaces or special characters; copy it again")
     limits = {key: config.limit(first, key) for key in Budget.__dataclass_fields__}
     return Settings(

@@ -2,19 +2,20 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import ask, context, log, served_by
-from fault_server import ANTHROPIC, Behaviour, Call, Fault, FaultServer, Response, answer_to, run_fast
+from asking import ask, context, log, request_to, served_by
+from fault_server import ANTHROPIC, Call, Fault, FaultServer, Response, answer_to, run_fast
 from llmock.pytest_plugin import LLMock
 
 from hallubench.config import Config
 from hallubench.errors import ConfigError, LaneError
 from hallubench.providers.anthropic import classify
-from hallubench.types import Completion, Message, Prompt, Request, SamplingParams
+from hallubench.types import Message
 
 pytestmark = pytest.mark.slow
 
@@ -26,28 +27,8 @@ def config(base_url: str, **entry: Any) -> Config:
     return Config.model_validate({"requests_per_minute": None, "timeout": 100.0, "models": [model]})
 
 
-def request(text: str = "Hello?", *, system: str | None = None, **fields: Any) -> Request:
-    params = {"max_tokens": 64} | {k: v for k, v in fields.items() if k not in ("options", "messages")}
-    messages = fields.get("messages")
-    return Request(
-        request_id=f"id of {text}",
-        prompt=Prompt(id=text, index=0, text=None if messages else text, messages=messages),
-        sample_index=0,
-        provider="anthropic",
-        model="claude-3-5-sonnet",
-        system_prompt=system,
-        params=SamplingParams(**params),
-        options=fields.get("options", {}),
-    )
-
-
-def served(
-    folder: Path,
-    behave: Behaviour,
-    requests: Iterable[Request] = (request(),),
-    **entry: Any,
-) -> tuple[list[Completion], list[Call]]:
-    return served_by(ANTHROPIC, behave, lambda url: config(url, **entry), folder, requests)
+request = partial(request_to, "anthropic", "claude-3-5-sonnet")
+served = partial(served_by, ANTHROPIC, config, request())
 
 
 def error(status: int, type_: str, message: str = "...", **fields: Any) -> Response:

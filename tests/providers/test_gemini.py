@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import ask, context, log, served_by
-from fault_server import GEMINI, Behaviour, Call, Fault, FaultServer, Response, answer_to, run_fast
+from asking import ask, context, log, request_to, served_by
+from fault_server import GEMINI, Call, Fault, FaultServer, Response, answer_to, run_fast
 from llmock.pytest_plugin import LLMock
 
 from hallubench.config import Config
 from hallubench.errors import ConfigError, LaneError
 from hallubench.providers import open_provider
-from hallubench.types import Completion, Message, Prompt, Request, SamplingParams
+from hallubench.types import Message
 
 pytestmark = pytest.mark.slow
 
@@ -39,27 +40,8 @@ def config(base_url: str, **entry: Any) -> Config:
     )
 
 
-def question(text: str = "Hello?", **fields: Any) -> Request:
-    messages = fields.pop("messages", None)
-    return Request(
-        request_id=f"id of {text}",
-        prompt=Prompt(id=text, index=0, text=None if messages else text, messages=messages),
-        sample_index=0,
-        provider="gemini",
-        model="gemini-1.5-pro",
-        system_prompt=fields.pop("system", None),
-        options=fields.pop("options", {}),
-        params=SamplingParams(**{"max_tokens": 64} | fields),
-    )
-
-
-def served(
-    folder: Path,
-    behave: Behaviour,
-    requests: Iterable[Request] = (question(),),
-    **entry: Any,
-) -> tuple[list[Completion], list[Call]]:
-    return served_by(GEMINI, behave, lambda url: config(url, **entry), folder, requests)
+question = partial(request_to, "gemini", "gemini-1.5-pro")
+served = partial(served_by, GEMINI, config, question())
 
 
 def response(**candidate: Any) -> dict[str, Any]:

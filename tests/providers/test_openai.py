@@ -1,18 +1,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import ask, context, log, served_by
-from fault_server import OPENAI, Behaviour, Call, Fault, Response, answer_to, run_fast
+from asking import ask, context, log, request_to, served_by
+from fault_server import OPENAI, Fault, Response, answer_to, run_fast
 from llmock.pytest_plugin import LLMock
 
 from hallubench.config import Config
 from hallubench.errors import LaneError
-from hallubench.types import Completion, Logprobs, Prompt, Request, SamplingParams
+from hallubench.types import Logprobs
 
 pytestmark = pytest.mark.slow
 
@@ -24,26 +24,8 @@ def config(base_url: str, **entry: Any) -> Config:
     return Config.model_validate({"requests_per_minute": None, "timeout": 100.0, "models": [model]})
 
 
-def request(text: str = "Hello?", *, options: dict[str, Any] | None = None, **params: Any) -> Request:
-    return Request(
-        request_id=f"id of {text}",
-        prompt=Prompt(id=text, index=0, text=text),
-        sample_index=0,
-        provider="openai",
-        model="tiny",
-        system_prompt=None,
-        params=SamplingParams(**({"max_tokens": 64} | params)),
-        options=options or {},
-    )
-
-
-def served(
-    folder: Path,
-    behave: Behaviour,
-    requests: Iterable[Request] = (request(),),
-    **entry: Any,
-) -> tuple[list[Completion], list[Call]]:
-    return served_by(OPENAI, behave, lambda url: config(url, **entry), folder, requests)
+request = partial(request_to, "openai", "tiny")
+served = partial(served_by, OPENAI, config, request())
 
 
 def error(status: int, **fields: Any) -> Response:
