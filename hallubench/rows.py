@@ -67,7 +67,7 @@ def read_in_order(
     *,
     where: pl.Expr | None = None,
     columns: Sequence[str] | None = None,
-    table_bytes: int = 8 * 2**20,
+    table_bytes: int = 4 * 2**20,
 ) -> Iterator[pa.Table]:
     """The rows that count, by prompt, temperature, sample and request id, in tables of about `table_bytes`.
 
@@ -105,8 +105,7 @@ def _places(
 
     `merge` asks every stream for its first place at once: only for the second one the part has to be read.
     """
-    with pq.ParquetFile(part, pre_buffer=False) as file:
-        first = _smallest_index(file.metadata)
+    first = _smallest_index(part)
     if first is None:
         return
     yield (first, -math.inf), None, 0, 0.0
@@ -168,8 +167,13 @@ def _gather(picked: Sequence[tuple[pa.RecordBatch, int]], columns: Sequence[str]
     return table.take(pa.Array.from_buffers(pa.int64(), len(places), [None, pa.py_buffer(places)]))
 
 
-def _smallest_index(metadata: pq.FileMetaData) -> int | None:
-    """The smallest prompt_index of a part, from its footer; None if it has no rows."""
+def _smallest_index(part: Source) -> int | None:
+    """The smallest prompt_index of a part, from its footer; None if it has no rows.
+
+    Here and not in `_places`, whose frame would keep the footers of all parts until their turn.
+    """
+    with pq.ParquetFile(part, pre_buffer=False) as file:
+        metadata = file.metadata
     column = next(n for n in range(metadata.num_columns) if metadata.schema.column(n).path == ORDER[0])
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     return min((group.column(column).statistics.min for group in groups if group.num_rows), default=None)

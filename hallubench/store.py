@@ -155,6 +155,7 @@ class Store:
         for path in parts:
             with suppress(OSError):  # it no longer counts; the next run tries again
                 path.unlink()
+        pa.default_memory_pool().release_unused()  # malloc keeps what it was asked for in small pieces
         return merged
 
     def _new_part(self, model_dir: Path, kind: str) -> Path:
