@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from loopback_server import Calls, LoopbackServer
-from measure import median, report, run_role
+from measure import demo_model, median, report, run_role
 
 MODELS: dict[str, dict[str, Any]] = {
     "claude": {"name": "claude-sonnet-4-5"},
@@ -42,6 +42,10 @@ LANE_LATENCIES = {"claude": 0.25, "gemini": 0.2, "openai": 0.15}
 LANE_CONCURRENCY = 20
 LANE_PROMPTS = 600
 
+ENGINE_PROMPTS = 300
+ENGINE_CONCURRENCY = 2
+"""So that the API lane takes about as long as the engine."""
+
 
 def write_prompts(folder: Path, count: int) -> Path:
     path = folder / f"{count}.jsonl"
@@ -60,6 +64,28 @@ def hallubench(config: str) -> dict[str, Any]:
     if result.problems or result.failed:
         sys.exit("; ".join(result.problems) or f"{result.failed} requests failed")
     return {"answered": result.answered}
+
+
+def lanes(config: str) -> dict[str, float]:
+    """Seconds of each lane, from the loaded model or open client to its last answer."""
+    from hallubench.config import Config
+    from hallubench.generate import run
+    from hallubench.progress import Silent
+
+    begun: dict[str, float] = {}
+    ended: dict[str, float] = {}
+
+    class Clock(Silent):
+        def begin(self, lane: str) -> None:
+            begun[lane] = time.perf_counter()
+
+        def advance(self, lane: str, **_: Any) -> None:
+            ended[lane] = time.perf_counter()
+
+    result = run(Config.model_validate(json.loads(config)), display=Clock())
+    if result.problems or result.failed:
+        sys.exit("; ".join(result.problems) or f"{result.failed} requests failed")
+    return {lane: ended[lane] - begun[lane] for lane in ended}
 
 
 def command(config: str) -> dict[str, Any]:
@@ -225,6 +251,27 @@ def bench_lanes(folder: Path) -> None:
     report("three lanes together over the slowest alone", ratio, "<= 1.05", met=ratio <= 1.05)
 
 
+def bench_beside_engine(folder: Path) -> None:
+    """How much an API lane and a local engine on the same cores cost each other: nothing to reach."""
+    prompts = write_prompts(folder, ENGINE_PROMPTS)
+    local = {"name": "demo", "type": "local", "model_path": str(demo_model()), "max_tokens": MAX_TOKENS}
+    with LoopbackServer(LANE_LATENCIES["claude"]) as server:
+        api = MODELS["claude"] | {"type": "claude", "base_url": server.url, "api_key": API_KEY}
+
+        def seconds(*models: dict[str, Any]) -> dict[str, float]:
+            output = tempfile.mkdtemp(prefix="store-", dir=folder)
+            config = {"prompts_file": str(prompts), "output_dir": output, "requests_per_minute": None}
+            settings = {"max_concurrency": ENGINE_CONCURRENCY, "models": models}
+            return run_role(__file__, "lanes", json.dumps(config | settings))
+
+        alone = seconds(local) | seconds(api)
+        together = seconds(local, api)
+    for lane, taken in together.items():
+        print(f"{lane} lane: {alone[lane]:.1f} s alone, {taken:.1f} s beside the other")
+    slowest = max(together.values()) / max(alone.values())
+    print(f"a local and an API lane together over the slower alone, on the same cores: {slowest:.3g}")
+
+
 def lane_seconds(folder: Path, prompts: Path, types: Iterable[str]) -> float:
     """From the first request of any lane to the last answer of any."""
     with ExitStack() as stack:
@@ -241,6 +288,7 @@ def main() -> None:
         bench_speed(folder, "claude")
         bench_speed(folder, "gemini")
         bench_lanes(folder)
+        bench_beside_engine(folder)
         bench_limit(folder)
         bench_memory(folder)
 
@@ -249,10 +297,13 @@ if __name__ == "__main__":
     roles: dict[str, Callable[..., dict[str, Any]]] = {
         "hallubench": hallubench,
         "command": command,
+        "lanes": lanes,
         "bare_claude": bare_claude,
         "bare_gemini": bare_gemini,
     }
     if len(sys.argv) > 1:
         print(json.dumps(roles[sys.argv[1]](*sys.argv[2:])))
+    elif not demo_model().is_dir():
+        sys.exit(f"{demo_model()} is not there; run `make demo` first")
     else:
         main()
