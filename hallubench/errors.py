@@ -4,6 +4,7 @@
     ├── InputError            the user's files or options are wrong          exit code 2
     │   ├── ConfigError       ... the config
     │   ├── PromptError       ... the prompts file
+    │   ├── ResultError       ... a file of results to import
     │   └── StoreError        ... the output folder
     └── RunError              the run could not finish                       exit code 1
         ├── LaneError         ... one lane stopped; its requests stay pending
@@ -32,6 +33,10 @@ class ConfigError(InputError):
 
 class PromptError(InputError):
     """The prompts file cannot be read, or one of its prompts cannot be asked."""
+
+
+class ResultError(InputError):
+    """A file of results cannot be read, or holds what is no result; nothing was imported."""
 
 
 class StoreError(InputError):

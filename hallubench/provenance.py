@@ -15,6 +15,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -68,18 +69,25 @@ class RunRecord:
         self._write()
 
     def _write(self) -> None:
-        temporary = self._path.with_suffix(".json.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(self._record, file, indent=2, default=str)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise DiskError(
-                f"{self._path}: cannot be written: {error.strerror}; make room and run again"
-            ) from None
+        write_record(self._path, self._record)
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a run's record whole, in the place of an earlier one.
+
+    Raises:
+        DiskError: it cannot be written; the earlier one is still there.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(record, file, indent=2, default=str)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DiskError(f"{path}: cannot be written: {error.strerror}; make room and run again") from None
 
 
 def _now() -> str:
