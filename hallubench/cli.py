@@ -138,6 +138,25 @@ def export_json(folder: Path, layout: Any, logprob_tokens: str, output: Path | N
         click.echo(printable(file, longest=5000))
 
 
+@main.command("import-json")
+@click.argument("files", type=FOLDER, nargs=-1, required=True, metavar="FILE...")
+@click.option("--output", type=FOLDER, required=True, metavar="DIR", help="The store; made if there is none.")
+@click.option("--prompts", type=FOLDER, metavar="FILE", help="The prompts that were asked.")
+def import_json(files: tuple[Path, ...], output: Path, prompts: Path | None) -> None:
+    """Put the results of legacy JSON FILEs into a store, each once.
+
+    Reads what `run_pilot.py` and `export-json` write, in every layout.
+    """
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # see `generate`
+    from datetime import UTC, datetime
+
+    from hallubench.import_legacy import import_json as import_
+    from hallubench.import_legacy import import_lines
+
+    for line in import_lines(import_(files, output, prompts=prompts, now=datetime.now(UTC)), output):
+        click.echo(line)
+
+
 @main.command()
 @click.argument("folder", type=FOLDER)
 def status(folder: Path) -> None:

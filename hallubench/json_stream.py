@@ -97,7 +97,7 @@ class JsonStream:
                 return
 
     def elements(self) -> Iterator[int]:
-        """The places, from 0, in the next value, a list; each element has to be taken before the next place."""
+        """The places in the next value, a list; the element of each has to be taken before the next place."""
         self._take("[")
         if self.peek() == "]":
             self._take("]")

@@ -164,7 +164,7 @@ def _read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def _started(record: Mapping[str, Any]) -> datetime:
-    return moment(record.get("started_at")) or datetime.min.replace(tzinfo=UTC)
+    return to_utc(record.get("started_at")) or datetime.min.replace(tzinfo=UTC)
 
 
 def public(value: Any) -> Any:
@@ -265,8 +265,8 @@ def _metadata(folder: Path, records: Sequence[Mapping[str, Any]], runs: Sequence
     if not isinstance(prompts, dict) or not isinstance(prompts.get("count"), int):
         ids = scan(folder).select(pl.col("prompt_id").n_unique())
         prompts = {"path": None, "count": ids.collect(engine="streaming").item()}
-    starts = [run.started_at for run in runs] + [moment(record.get("started_at")) for record in records]
-    ends = [run.completed_at for run in runs] + [moment(record.get("ended_at")) for record in records]
+    starts = [run.started_at for run in runs] + [to_utc(record.get("started_at")) for record in records]
+    ends = [run.completed_at for run in runs] + [to_utc(record.get("ended_at")) for record in records]
     return {
         "start_time": _legacy_time(min(filter(None, starts), default=None)),
         "end_time": _legacy_time(max(filter(None, ends), default=None)),
@@ -289,7 +289,7 @@ def _run_ids(runs: Sequence[_Run]) -> list[str]:
     return sorted({run_id for run in runs for run_id in run.run_ids})
 
 
-def moment(text: Any) -> datetime | None:
+def to_utc(text: Any) -> datetime | None:
     try:
         moment = datetime.fromisoformat(text)
     except (TypeError, ValueError):

@@ -214,6 +214,7 @@ def test_the_finish_reason_says_whether_an_answer_was_cut(asker: Asker, requests
     (cut,) = asker.ask([request])
     assert (cut.finish_reason, cut.usage.output_tokens) == ("length", 3)
     first = logprobs_of(cut).tokens[0]
+    assert first is not None
     (stopped,) = asker.ask([replace(request, params=replace(request.params, stop=(first,)))])
     assert (stopped.finish_reason, stopped.text) == ("stop", "")
     assert stopped.provider_finish_reason == f"stop: {first}"
