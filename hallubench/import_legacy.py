@@ -39,6 +39,8 @@ from hallubench.store import Store, scan
 from hallubench.text import printable
 from hallubench.types import Request
 
+FLUSH_ALTERNATIVES = 100_000
+"""Alternative tokens that wait in memory: some 20 MB. Answers come faster here than from a model."""
 IDENTITY: Mapping[str, pl.DataType] = {
     "model": pl.String(),
     "prompt_id": pl.String(),
@@ -64,6 +66,7 @@ FOUND: Mapping[str, pl.DataType] = {
 class Import:
     """What became of the results of some files."""
 
+    files: int
     results: int
     new: int
     """Those that the store did not have; with those that it had only failures or older answers for."""
@@ -108,12 +111,16 @@ def import_json(paths: Sequence[Path], output: Path, *, prompts: Path | None = N
         ]
         for file, check, of_file in zip(files, checks, outcomes, strict=True):
             _write_records(store.runs_dir, file, check, of_file, source)
+        waiting = 0
         for file, of_file in zip(files, outcomes, strict=True):
             for row, _, _ in compress(read_results(file, asked), of_file["new"]):
                 store.append(row)
-                if store.is_due():
+                waiting += len(row.completion.logprobs.top_tokens) if row.completion.logprobs else 0
+                if store.is_due() or waiting >= FLUSH_ALTERNATIVES:
                     store.flush()
+                    waiting = 0
     return Import(
+        files=len(files),
         results=outcome.height,
         new=outcome.filter("new").height,
         failed=outcome.filter("new", ~pl.col("answered")).height,
@@ -129,18 +136,24 @@ def import_lines(result: Import, output: Path) -> Iterator[str]:
     """What `hallubench import-json` prints."""
     shown = printable(output, longest=1000)
     yield (
-        f"{result.results} results: {result.new} new ({result.failed} of them failed), {result.known} already "
-        f"there, {result.older} not the newest answer. Store: {shown}"
+        f"{_counted(result.files, 'file')}, {_counted(result.results, 'result')}: {result.new} new "
+        f"({result.failed} of them failed), {result.known} already there. Store: {shown}"
     )
+    if result.older:
+        yield f"Left out: {_counted(result.older, 'result')} whose request has an answer or a newer one."
+    for name, count in result.left_out.items():
+        yield f"Left out of {_counted(count, 'result')}: {printable(name, 60)}, which has no column."
     if result.without_zone:
-        yield f"The times of {result.without_zone} have no zone: UTC was assumed."
+        yield f"Times without a zone, in {_counted(result.without_zone, 'result')}, are taken as UTC."
     if result.without_prompt:
         yield (
-            f"The prompts of {result.without_prompt} API answers are unknown: `hallubench generate` will ask them "
-            "again. To avoid that, import into a new folder with --prompts FILE."
+            f"The prompts of {_counted(result.without_prompt, 'API result')} are unknown, so `hallubench "
+            "generate` would ask them again. If it should not: import into a new folder, with --prompts FILE."
         )
-    for name, count in result.left_out.items():
-        yield f"Left out of {count}: {printable(name, 60)}, which the store has no column for."
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 class _Check(NamedTuple):
@@ -239,8 +252,8 @@ def _choose(found: pl.DataFrame, folder: Path) -> pl.DataFrame:
         first = asked_otherwise.sort("model", "prompt_id").row(0, named=True)
         model, prompt_id = printable(first["model"]), printable(repr(first["prompt_id"]))
         raise ResultError(
-            f"{printable(folder)}: an answer of {model} to {prompt_id} comes twice, once without the prompt's text "
-            "or the entry that asked; import all files with the same --prompts into a new folder"
+            f"{printable(folder)}: an answer of {model} to {prompt_id} comes twice, once without the prompt's "
+            "text or its config; import all files with the same --prompts into a new folder"
         )
     best = every.sort("answered", "timestamp", "order", descending=[True, True, False]).unique(
         "request_id", keep="first", maintain_order=True
@@ -257,7 +270,7 @@ def _choose(found: pl.DataFrame, folder: Path) -> pl.DataFrame:
 
 
 def _write_records(
-    runs_dir: Path, file: LegacyFile, check: _Check, outcome: pl.DataFrame, source: Mapping[str, Any]
+    runs_dir: Path, file: LegacyFile, check: _Check, outcome: pl.DataFrame, source: dict[str, Any]
 ) -> None:
     """Write down where the results of a file come from, for each run that it has results of."""
     counts = outcome.group_by("run_id", maintain_order=True).agg(
