@@ -252,8 +252,8 @@ def _choose(found: pl.DataFrame, folder: Path) -> pl.DataFrame:
         first = asked_otherwise.sort("model", "prompt_id").row(0, named=True)
         model, prompt_id = printable(first["model"]), printable(repr(first["prompt_id"]))
         raise ResultError(
-            f"{printable(folder)}: an answer of {model} to {prompt_id} comes twice, once without the prompt's "
-            "text or its config; import all files with the same --prompts into a new folder"
+            f"{printable(folder)}: an answer of {model} to {prompt_id} comes twice, once without its "
+            "prompt's text or its config; import all files with the same --prompts into a new folder"
         )
     best = every.sort("answered", "timestamp", "order", descending=[True, True, False]).unique(
         "request_id", keep="first", maintain_order=True

@@ -1,0 +1,581 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from array import array
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, get_args
+
+import polars as pl
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hallubench.cli import main
+from hallubench.config import Config
+from hallubench.errors import HallubenchError, ResultError, StoreError
+from hallubench.import_legacy import import_json
+from hallubench.legacy import Layout, export_json
+from hallubench.plan import make_plan, request_id, settings_digest
+from hallubench.prompts import PromptFile
+from hallubench.schema import Row
+from hallubench.store import Store, answered_ids, scan
+from hallubench.types import Completion, Logprobs, Message, Prompt, Request, SamplingParams, Usage
+
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+NOW = datetime(2026, 11, 23, 8, 37, 58, tzinfo=UTC)
+CLAUDE = "claude-3-5-sonnet-20241022"
+GEMINI = "gemini-1.5-pro"
+QWEN = "Qwen/Qwen2.5-14B-Instruct"
+KEY = "sk-ant-0123456789"
+CONFIG: dict[str, Any] = {
+    "prompts_file": "data/prompts.json",
+    "output_dir": "results/pilot",
+    "seed": 42,
+    "requests_per_minute": 50,
+    "models": [
+        {"name": CLAUDE, "type": "claude", "temperature": 0.0, "api_key": KEY},
+        {"name": GEMINI, "type": "gemini", "temperature": 0.7, "notes": "exploratory"},
+        {"name": QWEN, "type": "local", "temperature": 0.0, "device": "cuda", "model_path": QWEN},
+    ],
+}
+PROMPTS = [
+    {
+        "id": f"prompt_{number:04d}",
+        "prompt": f"Does CVE-2021-{number} exist?",
+        "category": "cve_existence",
+        "is_synthetic_probe": False,
+        "gold_label": {"exists": True},
+        "gold_refs": ["CVE-2021-44228"],
+        "original_id": f"cve-{number}",
+        "language": "en",
+    }
+    for number in range(3)
+]
+TOP = [{"token_position": 0, "top_tokens": [" Yes", " No"], "top_logprobs": [-0.1, None]}]
+
+
+def a_result(number: int = 0, entry: int = 0, **fields: Any) -> dict[str, Any]:
+    """As the legacy script wrote one."""
+    asked = CONFIG["models"][entry]
+    sent = {"temperature": asked["temperature"], "seed": 42, "max_tokens": 2048}
+    if asked["type"] == "local":
+        sent = {"temperature": 0.0, "seed": 42, "max_new_tokens": 2048, "do_sample": False}
+        fields = {"token_logprobs": TOP} | fields
+    result = {
+        "prompt_id": f"prompt_{number:04d}",
+        "model": asked["name"],
+        "model_version": asked["name"],
+        "full_response": f"Answer {number}.",
+        "tokens_used": {"input": 42, "output": 156, "total": 198},
+        "sampling_params": sent,
+        "timestamp": f"2025-11-12T10:01:{number:02d}.456789",
+        "elapsed_seconds": 2.34,
+        "run_id": f"a1b2c3d{entry}",
+        "prompt_category": "cve_existence",
+        "is_synthetic_probe": False,
+        "retry_count": 0,
+    }
+    return result | fields
+
+
+def a_failure(number: int = 0, entry: int = 0, **fields: Any) -> dict[str, Any]:
+    """As the legacy script wrote one: without what was not known, `sampling_params` among it."""
+    error = {"full_response": "", "tokens_used": {}, "error": "Failed after 3 retries: 529", "retry_count": 3}
+    result = a_result(number, entry) | error | fields
+    return {name: value for name, value in result.items() if name not in ("sampling_params", "token_logprobs")}
+
+
+def a_document(**results_of_entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """A file of the legacy script, such as `a_document(_0=[...], _2=[...])`."""
+    runs = [
+        {
+            "model_config": CONFIG["models"][int(entry[1:])],
+            "results": results,
+            "completed_at": "2025-11-12T10:30:00.123456",
+        }
+        for entry, results in results_of_entries.items()
+    ]
+    metadata = {
+        "start_time": "2025-11-12T10:00:00.000001",
+        "config": CONFIG,
+        "total_prompts": 3,
+        "prompts_file": "data/prompts.json",
+        "resumed": False,
+        "async_mode": True,
+        "end_time": "2025-11-12T10:30:00.654321",
+    }
+    return {"metadata": metadata, "runs": runs}
+
+
+def a_whole_document() -> dict[str, Any]:
+    return a_document(
+        _0=[a_result(1), a_result(0), a_failure(2)],
+        _1=[a_result(n, 1) for n in range(3)],
+        _2=[a_result(n, 2) for n in range(3)],
+    )
+
+
+def write(folder: Path, content: Any, name: str = "pilot_results_20251112_103000.json") -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content, indent=2))
+    return path
+
+
+def prompts_file(folder: Path, prompts: Sequence[dict[str, Any]] = PROMPTS) -> Path:
+    return write(folder, {"prompts": prompts}, "prompts.json")
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return scan(folder).sort("model", "prompt_index").collect().to_dicts()
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+# What the legacy script wrote.
+
+
+def test_each_result_is_a_row_with_what_the_file_says_and_nothing_else(tmp_path: Path) -> None:
+    file = write(tmp_path, a_document(_2=[a_result(1, 2)]))
+    import_json([file], tmp_path / "store", now=NOW)
+    (row,) = rows_of(tmp_path / "store")
+    assert {name: value for name, value in row.items() if value is not None} == {
+        "run_id": "a1b2c3d2",
+        "request_id": row["request_id"],
+        "prompt_id": "prompt_0001",
+        "prompt_index": 0,
+        "sample_index": 0,
+        "provider": "transformers",
+        "model": QWEN,
+        "model_version": QWEN,
+        "full_response": "Answer 1.",
+        "retry_count": 0,
+        "temperature": 0.0,
+        "max_tokens": 2048,
+        "seed": 42,
+        "input_tokens": 42,
+        "output_tokens": 156,
+        "timestamp": datetime(2025, 11, 12, 10, 1, 1, 456789, UTC),
+        "elapsed_seconds": 2.34,
+        "prompt_category": "cve_existence",
+        "is_synthetic_probe": False,
+        "logprobs_mode": "processed_logprobs",
+        "output_token_ids": [None],
+        "output_token_texts": [None],
+        "output_logprobs": [None],
+        "output_ranks": [None],
+        "output_top_token_ids": [[None, None]],
+        "output_top_tokens": [[" Yes", " No"]],
+        "output_top_logprobs": [[pytest.approx(-0.1), None]],
+    }
+
+
+def test_the_prompts_file_gives_what_the_results_lack(tmp_path: Path) -> None:
+    file = write(tmp_path, a_document(_0=[a_result(2), a_result(0, prompt_category="its own")]))
+    import_json([file], tmp_path / "store", prompts=prompts_file(tmp_path), now=NOW)
+    first, last = rows_of(tmp_path / "store")
+    assert (last["prompt"], last["prompt_index"]) == ("Does CVE-2021-2 exist?", 2)
+    assert (last["gold_label"], last["gold_refs"]) == ('{"exists": true}', ["CVE-2021-44228"])
+    assert (last["original_id"], last["prompt_extra"]) == ("cve-2", '{"language": "en"}')
+    assert (first["prompt_category"], last["prompt_category"]) == ("its own", "cve_existence")
+
+
+def test_a_chat_prompt_of_the_prompts_file_keeps_its_turns(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Does it exist?"}]
+    prompts = prompts_file(tmp_path, [{"id": "prompt_0000", "messages": turns}])
+    file = write(tmp_path, {"results": [a_result(0, prompt="Does it exist?")]})
+    import_json([file], tmp_path / "store", prompts=prompts, now=NOW)
+    (row,) = rows_of(tmp_path / "store")
+    assert (row["prompt"], row["messages"]) == (None, turns)
+
+
+def test_a_failed_result_is_an_error_and_never_text(tmp_path: Path) -> None:
+    file = write(tmp_path, a_document(_1=[a_failure(0, 1)]))
+    assert import_json([file], tmp_path / "store", now=NOW).failed == 1
+    (row,) = rows_of(tmp_path / "store")
+    assert (row["full_response"], row["error"]) == (None, "Failed after 3 retries: 529")
+    assert (row["finish_reason"], row["model_version"], row["retry_count"]) == ("error", None, 3)
+    assert (row["temperature"], row["max_tokens"], row["input_tokens"]) == (0.7, 2048, None)
+
+
+@pytest.mark.parametrize("error", [{}, {"error": None}])
+def test_an_empty_answer_without_an_error_is_an_answer(tmp_path: Path, error: dict[str, Any]) -> None:
+    file = write(tmp_path, a_document(_0=[a_result(0, full_response="", **error)]))
+    import_json([file], tmp_path / "store", now=NOW)
+    (row,) = rows_of(tmp_path / "store")
+    assert (row["full_response"], row["error"], row["finish_reason"]) == ("", None, None)
+
+
+@pytest.mark.parametrize(
+    ("time", "utc"), [("2025-11-12T10:01:23", 10), ("2025-11-12T10:01:23+02:00", 8), ("2025-11-12T10:01:23Z", 10)]
+)
+def test_a_time_without_a_zone_is_taken_as_utc_and_that_is_said(tmp_path: Path, time: str, utc: int) -> None:
+    file = write(tmp_path, a_document(_0=[a_result(0, timestamp=time)]))
+    result = invoke("import-json", file, "--output", tmp_path / "store")
+    (row,) = rows_of(tmp_path / "store")
+    assert row["timestamp"] == datetime(2025, 11, 12, utc, 1, 23, tzinfo=UTC)
+    assert ("taken as UTC" in result.stdout) == time.endswith("23")
+
+
+def test_minus_infinity_which_the_script_wrote_is_kept(tmp_path: Path) -> None:
+    tops = [{"token_position": 0, "top_tokens": ["a", "b"], "top_logprobs": [0.0, -math.inf]}]
+    text = json.dumps(a_document(_2=[a_result(0, 2, token_logprobs=tops)]))
+    assert "-Infinity" in text
+    import_json([write(tmp_path, text)], tmp_path / "store", now=NOW)
+    assert rows_of(tmp_path / "store")[0]["output_top_logprobs"] == [[0.0, -math.inf]]
+
+
+SHAPES = {
+    "runs": a_whole_document(),
+    "flat": {"results": [a_result(0), a_result(1), a_failure(2)]},
+    "bare list": [a_result(0), a_result(1), a_failure(2)],
+    "metadata last": dict(reversed(a_whole_document().items())),
+    "completed_at first": {"runs": [dict(reversed(run.items())) for run in a_whole_document()["runs"]]},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_is_read(tmp_path: Path, shape: str) -> None:
+    content = SHAPES[shape]
+    for mark in ("", "\ufeff"):
+        file = tmp_path / "results.json"
+        file.write_text(mark + json.dumps(content), encoding="utf-8")
+        done = import_json([file], tmp_path / f"store{mark}", now=NOW)
+        assert (done.results, done.new) == ((9, 9) if isinstance(content, dict) and "runs" in content else (3, 3))
+
+
+def test_a_flat_result_finds_its_entry_in_the_config(tmp_path: Path) -> None:
+    results = [a_result(0, entry) for entry in range(3)]
+    metadata = {"config": CONFIG}
+    import_json([write(tmp_path, {"metadata": metadata, "results": results})], tmp_path / "flat", now=NOW)
+    import_json([write(tmp_path, a_document(_0=results))], tmp_path / "wrong", now=NOW)
+    assert [row["provider"] for row in rows_of(tmp_path / "flat")] == ["transformers", "anthropic", "gemini"]
+
+
+def test_without_a_config_the_provider_is_unknown(tmp_path: Path) -> None:
+    import_json([write(tmp_path, [a_result(0)])], tmp_path / "store", now=NOW)
+    (row,) = rows_of(tmp_path / "store")
+    assert (row["provider"], row["seed"], row["temperature"]) == ("unknown", 42, 0.0)
+
+
+# Identity.
+
+
+def a_config(**changes: Any) -> Config:
+    return Config.model_validate(CONFIG | changes)
+
+
+def pending(config: Config, prompts: Path, store: Path) -> tuple[int, ...]:
+    return make_plan(config, PromptFile(prompts)).survey(answered_ids(store)).pending
+
+
+def test_what_was_paid_for_is_not_asked_again_and_local_answers_do_not_count(tmp_path: Path) -> None:
+    prompts, store = prompts_file(tmp_path), tmp_path / "store"
+    import_json([write(tmp_path, a_whole_document())], store, prompts=prompts, now=NOW)
+    assert pending(a_config(), prompts, store) == (1, 0, 3)  # one answer of Claude failed
+    warmer = [entry | {"temperature": 0.5} for entry in CONFIG["models"]]
+    assert pending(a_config(models=warmer), prompts, store) == (3, 3, 3)
+
+
+def test_the_configs_of_the_first_users_know_their_imported_answers(
+    tmp_path: Path, shared_prompts: Path
+) -> None:
+    given = json.loads((shared_prompts.parent / "config_full_pilot.json").read_text())
+    prompts = json.loads(shared_prompts.read_text())["prompts"]
+    runs = []
+    for entry in given["models"]:
+        sent = {"temperature": entry["temperature"], "seed": 42, "max_tokens": 2048}
+        model = {"model": entry["name"], "sampling_params": sent}
+        results = [a_result(**model, prompt_id=prompt["id"]) for prompt in prompts]
+        runs.append({"model_config": entry, "results": results, "completed_at": "2025-11-12T10:30:00"})
+    file = write(tmp_path, {"metadata": {"config": given}, "runs": runs})
+    import_json([file], tmp_path / "store", prompts=shared_prompts, now=NOW)
+    config = Config.model_validate(given)
+    assert pending(config, shared_prompts, tmp_path / "store") == (0, 0, 0, 0, *[393] * 6)
+
+
+def test_a_flat_file_brings_the_prompt_s_text_and_so_the_id_that_generate_asks_with(tmp_path: Path) -> None:
+    results = [a_result(number, prompt=PROMPTS[number]["prompt"]) for number in range(3)]
+    file = write(tmp_path, {"metadata": {"config": CONFIG}, "results": results})
+    import_json([file], tmp_path / "store", now=NOW)
+    assert pending(a_config(), prompts_file(tmp_path), tmp_path / "store") == (0, 3, 3)
+
+
+def test_importing_again_gives_nothing_twice_and_changes_no_file(tmp_path: Path) -> None:
+    file, store = write(tmp_path, a_whole_document()), tmp_path / "store"
+    first = import_json([file], store, now=NOW)
+    before = {path: path.read_bytes() for path in store.rglob("*.*") if path.name != ".lock"}
+    again = import_json([file, file], store, now=NOW + timedelta(hours=1))
+    assert (first.new, first.failed, first.known) == (9, 1, 0)
+    assert (again.new, again.known) == (0, 9)
+    assert {path: path.read_bytes() for path in store.rglob("*.*") if path.name != ".lock"} == before
+
+
+def test_a_result_in_several_files_is_one_row(tmp_path: Path) -> None:
+    whole = write(tmp_path, a_whole_document())
+    of_one = write(tmp_path, a_document(_0=[a_result(0), a_result(1)]), "pilot_claude.json")
+    done = import_json([of_one, whole], tmp_path / "store", now=NOW)
+    assert (done.results, done.new, done.known) == (11, 9, 2)
+    assert len(rows_of(tmp_path / "store")) == 9
+
+
+def test_an_answer_counts_before_an_error_and_then_the_newest(tmp_path: Path) -> None:
+    def at(minute: int, **fields: Any) -> dict[str, Any]:
+        make = a_failure if "error" in fields else a_result
+        return make(0, timestamp=f"2025-11-12T10:{minute:02d}:00", **fields)
+
+    results = [at(1, full_response="old"), at(3, full_response="new"), at(2, full_response="between")]
+    file = write(tmp_path, a_document(_0=[*results, at(4, error="later")]))
+    done = import_json([file], tmp_path / "store", now=NOW)
+    (row,) = rows_of(tmp_path / "store")
+    assert (row["full_response"], done.new, done.known, done.older) == ("new", 1, 0, 3)
+    newest = write(tmp_path, a_document(_0=[at(5, full_response="newest"), at(6, error="later")]))
+    done = import_json([newest], tmp_path / "store", now=NOW)
+    (row,) = rows_of(tmp_path / "store")
+    assert (row["full_response"], done.new, done.older) == ("newest", 1, 1)
+
+
+def test_a_failure_and_the_answer_of_a_later_file_are_one_request(tmp_path: Path) -> None:
+    for entry in range(3):
+        store = tmp_path / f"store{entry}"
+        failed = write(tmp_path, a_document(**{f"_{entry}": [a_failure(0, entry)]}))
+        import_json([failed], store, now=NOW)
+        answered = write(tmp_path, a_document(**{f"_{entry}": [a_result(0, entry)]}))
+        import_json([answered], store, now=NOW)
+        assert [row["full_response"] for row in rows_of(store)] == ["Answer 0."]
+
+
+def test_the_same_results_with_and_without_prompts_are_refused(tmp_path: Path) -> None:
+    file, store = write(tmp_path, a_whole_document()), tmp_path / "store"
+    import_json([file], store, now=NOW)
+    with pytest.raises(ResultError, match=r"comes twice, once without its prompt's text .* new folder"):
+        import_json([file], store, prompts=prompts_file(tmp_path), now=NOW)
+    assert len(rows_of(store)) == 9
+
+
+def test_without_the_prompts_it_is_said_that_generate_would_ask_again(tmp_path: Path) -> None:
+    file = write(tmp_path, a_whole_document())
+    result = invoke("import-json", file, "--output", tmp_path / "without")
+    assert "The prompts of 6 API results are unknown" in result.stdout
+    prompts = prompts_file(tmp_path)
+    result = invoke("import-json", file, "--output", tmp_path / "with", "--prompts", prompts)
+    assert "unknown" not in result.stdout
+
+
+# Records, and what may not be in them.
+
+
+def record_of(store: Path, run_id: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((store / "_runs" / f"{run_id}.json").read_text())
+    return record
+
+
+def test_each_run_has_a_record_of_where_it_comes_from_without_keys(tmp_path: Path) -> None:
+    file, store = write(tmp_path, a_whole_document()), tmp_path / "store"
+    import_json([file], store, prompts=prompts_file(tmp_path), now=NOW)
+    record = record_of(store, "a1b2c3d0")
+    assert (record["status"], record["counts"]) == ("imported", {"answered": 2, "failed": 1})
+    assert (record["started_at"], record["resumed"]) == ("2025-11-12T10:00:00.000001+00:00", False)
+    assert record["imported"][0]["file"] == str(file)
+    assert len(record["imported"][0]["sha256"]) == len(record["imported"][0]["prompts"]["sha256"]) == 64
+    assert record["config"]["models"][0] == {"name": CLAUDE, "type": "claude", "temperature": 0.0}
+    assert KEY not in "".join(path.read_text() for path in (store / "_runs").glob("*.json"))
+    assert "imported (2 answered, 1 failed)" in invoke("status", store).stdout
+
+
+def test_a_key_in_an_error_is_masked(tmp_path: Path) -> None:
+    file = write(tmp_path, a_document(_0=[a_failure(0, error=f"401 for x-api-key {KEY}")]))
+    import_json([file], tmp_path / "store", now=NOW)
+    assert rows_of(tmp_path / "store")[0]["error"] == "401 for x-api-key ***"
+
+
+def test_a_record_of_the_store_s_own_run_stays_as_it_is(tmp_path: Path) -> None:
+    own = tmp_path / "store" / "_runs" / "a1b2c3d0.json"
+    own.parent.mkdir(parents=True)
+    own.write_text('{"status": "finished"}')
+    import_json([write(tmp_path, a_whole_document())], tmp_path / "store", now=NOW)
+    assert own.read_text() == '{"status": "finished"}'
+
+
+def test_an_export_of_an_import_is_the_legacy_file_with_more_in_it(tmp_path: Path) -> None:
+    original = a_whole_document()
+    prompts = prompts_file(tmp_path)
+    import_json([write(tmp_path, original)], tmp_path / "store", prompts=prompts, now=NOW)
+    (file,) = export_json(tmp_path / "store", now=NOW)
+    document = json.loads(file.read_text())
+    for key in ("start_time", "end_time", "total_prompts", "prompts_file", "resumed"):
+        assert document["metadata"][key] == original["metadata"][key]
+    assert [run["model_config"]["name"] for run in document["runs"]] == [CLAUDE, GEMINI, QWEN]
+    for exported, run in zip(document["runs"], original["runs"], strict=True):
+        assert exported["model_config"] == {k: v for k, v in run["model_config"].items() if k != "api_key"}
+        results = sorted(run["results"], key=lambda result: result["prompt_id"])
+        for result, before in zip(exported["results"], results, strict=True):
+            same = before.keys() - {"sampling_params", "token_logprobs"}
+            assert {name: result[name] for name in same} == {name: before[name] for name in same}
+            assert result["token_logprobs"] == before.get("token_logprobs")
+            assert result["sampling_params"]["max_tokens"] == 2048
+
+
+# There and back.
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=5)
+FLOATS = st.floats(width=32, max_value=0.0) | st.just(math.nan)
+
+
+@st.composite
+def logprobs(draw: st.DrawFn) -> Logprobs:
+    tops = draw(st.lists(st.lists(st.tuples(TEXTS, FLOATS), max_size=3), max_size=4))
+    flat = [alternative for top in tops for alternative in top]
+    offsets = array("i", [0])
+    for top in tops:
+        offsets.append(offsets[-1] + len(top))
+    return Logprobs(
+        token_ids=array("i", range(len(tops))),
+        tokens=["x"] * len(tops),
+        logprobs=array("f", [-1.0] * len(tops)),
+        ranks=array("i", [1] * len(tops)),
+        top_offsets=offsets,
+        top_token_ids=array("i", range(len(flat))),
+        top_tokens=[token for token, _ in flat],
+        top_logprobs=array("f", [logprob for _, logprob in flat]),
+    )
+
+
+@st.composite
+def completions(draw: st.DrawFn, request_id: str) -> Completion:
+    known: dict[str, Any] = {
+        "request_id": request_id,
+        "timestamp": draw(st.datetimes(datetime(2000, 1, 1), datetime(2100, 1, 1))).replace(tzinfo=UTC),
+        "elapsed_seconds": draw(st.floats(0, 1e6)),
+        "retry_count": draw(st.integers(0, 9)),
+        "model_version": draw(st.none() | NAMES),
+    }
+    if draw(st.integers(0, 3)) == 0:
+        error: dict[str, Any] = {"error": draw(NAMES), "error_type": draw(st.none() | NAMES)}
+        return Completion(**known | error | {"finish_reason": "error", "model_version": None})
+    usage = Usage(input_tokens=draw(st.integers(0, 2**40)), output_tokens=draw(st.integers(0, 2**40)))
+    return Completion(
+        **known,
+        text=draw(TEXTS),
+        finish_reason=draw(st.sampled_from(["stop", "length", "content_filter", "other"])),
+        usage=draw(st.sampled_from([Usage(), usage])),
+        logprobs=draw(st.none() | logprobs()),
+        logprobs_mode=draw(st.sampled_from([None, "raw_logprobs"])),
+    )
+
+
+ENTRIES = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from([CLAUDE, QWEN, "a/b", "a_b"]),
+        "type": st.sampled_from(["claude", "local", "echo"]),
+        "temperature": st.sampled_from([None, 0.0, 0.7]),
+        "top_p": st.sampled_from([None, 0.9]),
+        "stop": st.sampled_from([(), ("\n", '"')]),
+        "seed": st.sampled_from([None, 7]),
+        "system_prompt": st.sampled_from([None, "Be brief."]),
+        "options": st.sampled_from([{}, {"logprobs": 5, "extra_body": {"é": [1.5, None]}}]),
+    }
+)
+PROVIDERS = {"claude": "anthropic", "local": "vllm", "echo": "echo"}
+
+
+@st.composite
+def stores(draw: st.DrawFn) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Rows of several models, settings, samples and runs, and the records of these runs."""
+    prompts = [
+        Prompt(
+            id=f"p{number}",
+            index=draw(st.integers(0, 5)) * 3 + number,
+            text=None if chat else draw(NAMES.filter(str.strip)),
+            messages=(Message("user", draw(NAMES)), Message("assistant", ""), Message("user", draw(NAMES)))
+            if chat
+            else None,
+            category=draw(st.none() | NAMES),
+            is_synthetic_probe=draw(st.none() | st.booleans()),
+        )
+        for number, chat in enumerate(draw(st.lists(st.booleans(), min_size=1, max_size=3)))
+    ]
+    entries = draw(st.lists(ENTRIES, min_size=1, max_size=4, unique_by=repr))
+    rows = []
+    for entry in entries:
+        provider = PROVIDERS[entry["type"]]
+        params = SamplingParams(
+            max_tokens=64, temperature=entry["temperature"], top_p=entry["top_p"], stop=entry["stop"]
+        )
+        digest = settings_digest(provider, entry["name"], entry["system_prompt"], params, entry["options"])
+        for prompt in prompts:
+            for sample in range(draw(st.integers(0, 2))):
+                seed = None if entry["seed"] is None else entry["seed"] + sample
+                id_ = request_id(digest, prompt, sample, seed)
+                request = Request(
+                    request_id=id_,
+                    prompt=prompt,
+                    sample_index=sample,
+                    provider=provider,
+                    model=entry["name"],
+                    system_prompt=entry["system_prompt"],
+                    params=SamplingParams(**{name: getattr(params, name) for name in params.__slots__} | {"seed": seed}),
+                    options=entry["options"],
+                )
+                rows.append(Row(draw(st.sampled_from(RUNS)), request, draw(completions(id_)), None))
+    if not rows:
+        return draw(stores())
+    return rows, draw(records(entries))
+
+
+RUNS = ("20261123-080000-a1b2c3", "20261123-083000-d4e5f6")
+
+
+@st.composite
+def records(draw: st.DrawFn, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of none, one or both of the runs; the entries in any order, some of them missing."""
+    found = []
+    for run_id in draw(st.lists(st.sampled_from(RUNS), unique=True)):
+        models = []
+        for entry in draw(st.permutations(entries)):
+            if draw(st.booleans()):
+                own = {name: value for name, value in entry.items() if name != "options"}
+                options = {"logprobs": 5, "options": {"extra_body": {"é": [1.5, None]}}} if entry["options"] else {}
+                models.append(own | {"max_tokens": 64, "notes": run_id} | options)
+        config = {"prompts_file": "prompts.json", "seed": None, "models": models}
+        record = {"run_id": run_id, "started_at": "1999-12-31T23:00:00+00:00", "ended_at": None, "config": config}
+        found.append(record | {"prompts": {"path": "/data/prompts.json", "count": 3}})
+    return found
+
+
+def contents(files: Sequence[Path], folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): file.read_text(encoding="utf-8") for file in files}
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(store=stores(), tokens=st.sampled_from([2, None]))
+def test_what_is_exported_imported_and_exported_is_the_same(
+    store: tuple[list[Row], list[dict[str, Any]]], tokens: int | None
+) -> None:
+    rows, records = store
+    with tempfile.TemporaryDirectory() as folder:
+        first = Path(folder) / "first"
+        with Store(first, RUNS[-1]) as writer:
+            for row in rows:
+                writer.append(row)
+        for record in records:
+            (first / "_runs" / f"{record['run_id']}.json").write_text(json.dumps(record))
+        for layout in LAYOUTS:
+            files = export_json(first, layout=layout, logprob_tokens=tokens, now=NOW)
+            second = Path(folder) / layout
+            done = import_json(files, second, now=NOW)
+            assert (done.new, done.known, done.older) == (len(rows), 0, 0)
+            again = export_json(second, layout=layout, logprob_tokens=tokens, now=NOW)
+            assert contents(again, second) == contents(files, first)
