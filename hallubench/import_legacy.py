@@ -200,7 +200,7 @@ def _check(file: LegacyFile, asked: Prompts) -> _Check:
         without_zone += file.metadata.timezone != "UTC" and _has_no_zone(result.timestamp)
         unasked = request.prompt.text is None and request.prompt.messages is None
         without_prompt += computed and unasked and request.provider in SEEDLESS
-        left_out.update(result.model_extra)
+        left_out.update(list(result.model_extra or ()))
     if not columns["request_id"]:
         raise ResultError(f"{printable(file.path)}: holds no results; give a file of results")
     found = pl.DataFrame(columns, schema=FOUND)

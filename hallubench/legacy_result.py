@@ -31,7 +31,7 @@ from hallubench.errors import ResultError
 from hallubench.plan import request_id, settings_digest
 from hallubench.prompts import PromptFile
 from hallubench.redact import redact
-from hallubench.schema import Row
+from hallubench.schema import Row, valid_text
 from hallubench.text import printable
 from hallubench.types import (
     Completion,
@@ -200,6 +200,11 @@ def read_result(value: Any, place: str) -> LegacyResult:
     Raises:
         ResultError: it is no result; names the field.
     """
+    if isinstance(value, dict):  # half a surrogate pair is replaced, as in all answers
+        value = {
+            valid_text(key): valid_text(item) if isinstance(item, str) else item
+            for key, item in value.items()
+        }
     try:
         result = LegacyResult.model_validate(value)
     except ValidationError as error:
@@ -334,6 +339,6 @@ def first_problem(error: ValidationError) -> str:
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
     if problem["type"] == "missing":
         return f"{where}: is missing; add it"
-    message = problem["msg"].removeprefix("Input ").removeprefix("should ")
+    _, _, message = problem["msg"].partition("should ")
     shown = printable(json.dumps(problem["input"], default=str), 60)
     return printable(f"{where}: should {message}, is {shown}; correct it")
