@@ -170,7 +170,7 @@ class _Check(NamedTuple):
 
 def _check(file: LegacyFile, asked: Prompts) -> _Check:
     columns: dict[str, list[Any]] = {name: [] for name in FOUND}
-    entries: dict[str, Mapping[str, Any]] = {}
+    entries = {_key(entry["settings"]): public(entry) for entry in file.metadata.exporter.entries}
     without_zone = without_prompt = 0
     left_out: Counter[str] = Counter()
     for row, result, entry in read_results(file, asked):
@@ -192,8 +192,7 @@ def _check(file: LegacyFile, asked: Prompts) -> _Check:
         )
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
-        settings = _settings(request)
-        if (key := json.dumps(settings)) not in entries:
+        if (key := _key(settings := _settings(request))) not in entries:
             certain = entry if entry and (computed or file.entries) else None
             known = certain or find_entry(settings, [{"config": public(dict(file.config))}])[1]
             entries[key] = {"settings": settings, "model_config": public(dict(known))}
@@ -222,6 +221,10 @@ def _settings(request: Request) -> dict[str, Any]:
         "options": json.dumps(request.options) if request.options else None,
         "seed": None if params.seed is None else params.seed - request.sample_index,
     }
+
+
+def _key(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
 
 
 def _has_no_zone(text: str) -> bool:

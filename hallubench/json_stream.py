@@ -25,6 +25,8 @@ PIECE = 2**20
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _LONGEST_WORD = len("-Infinity")
+_NUMBER_GOES_ON = len("e+")
+"""Of 1.5e+10, cut behind this, the 1.5 is a number by itself."""
 
 
 class JsonError(ValueError):
@@ -73,8 +75,8 @@ class JsonStream:
                 raise self._error("nested too deeply", self._at) from None
             except ValueError:  # Python's own bound on the digits of an integer
                 raise self._error("a number has too many digits", self._at) from None
-            if end == len(self._window) and self._read_on():
-                continue  # a number may go on
+            if len(self._window) - end <= _NUMBER_GOES_ON and self._read_on():
+                continue
             self._at = end
             return value
 

@@ -113,6 +113,7 @@ def export_json(
         "layout": layout,
         "logprob_tokens": "all" if logprob_tokens is None else logprob_tokens,
         "run_ids": _run_ids(runs),
+        "entries": [{"settings": run.settings, "model_config": run.model_config} for run in runs],
     }
     head = {"exporter": exporter} | metadata
     target = folder / "export" / layout if output is None else output
@@ -209,14 +210,10 @@ def find_entry(
 ) -> tuple[tuple[int, int], Mapping[str, Any]]:
     """The entry that asked with these settings, as the newest record with it has it, and its place."""
     for number, record in enumerate(records):
-        entries = _listed(record["config"].get("models"))
         for index, imported in enumerate(_listed(record.get("entries"))):
             if isinstance(imported, dict) and imported.get("settings") == settings:
-                entry = imported.get("model_config")
-                place = entries.index(entry) if entry in entries else len(entries) + index
-                if isinstance(entry, dict):
-                    return (number, place), entry
-        for index, entry in enumerate(entries):
+                return (number, index), imported["model_config"]
+        for index, entry in enumerate(_listed(record["config"].get("models"))):
             if isinstance(entry, dict) and _asks_with(entry, record["config"], settings):
                 return (number, index), entry
     return (len(records), 0), _made_entry(settings)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from hallubench.config import ENV_VARIABLE, SHORTEST_SECRET
 from hallubench.errors import ResultError
@@ -37,7 +37,19 @@ from hallubench.schema import Row
 from hallubench.text import printable
 
 
+class _Exporter(Part):
+    entries: list[dict[str, dict[str, Any]]] = Field(default_factory=list)
+
+    @field_validator("entries")
+    @classmethod
+    def _each_is_whole(cls, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if any(entry.keys() != {"settings", "model_config"} for entry in entries):
+            raise ValueError("should each have settings and a model_config")
+        return entries
+
+
 class Metadata(Part):
+    exporter: _Exporter = _Exporter()
     start_time: str | None = None
     end_time: str | None = None
     timezone: str | None = None

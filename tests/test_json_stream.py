@@ -58,7 +58,7 @@ def test_a_document_that_is_cut_anywhere_is_refused(
     monkeypatch: pytest.MonkeyPatch, piece: int, depth: int
 ) -> None:
     monkeypatch.setattr(json_stream, "PIECE", piece)
-    text = '{"a": [1.5, "\\u00e9\\n", true], "b": {"c": null}}'
+    text = '{"a": [-1.5e+10, "\\u00e9\\n", true], "b": {"c": null}}'
     assert read(text, depth) == json.loads(text)
     for end in range(len(text)):
         with pytest.raises(JsonError, match="line 1: "):
