@@ -35,6 +35,7 @@ from hallubench.legacy_file import LegacyFile, read_head, read_results
 from hallubench.legacy_result import SEEDLESS, Prompts
 from hallubench.prompts import PromptFile
 from hallubench.provenance import new_run_id, write_record
+from hallubench.redact import redact
 from hallubench.store import Store, scan
 from hallubench.text import printable
 from hallubench.types import Request
@@ -119,6 +120,8 @@ def import_json(paths: Sequence[Path], output: Path, *, prompts: Path | None = N
                 if store.is_due() or waiting >= FLUSH_ALTERNATIVES:
                     store.flush()
                     waiting = 0
+        store.flush()
+        _write_counts(store, outcome["run_id"])
     return Import(
         files=len(files),
         results=outcome.height,
@@ -276,17 +279,15 @@ def _write_records(
     runs_dir: Path, file: LegacyFile, check: _Check, outcome: pl.DataFrame, source: dict[str, Any]
 ) -> None:
     """Write down where the results of a file come from, for each run that it has results of."""
-    counts = outcome.group_by("run_id", maintain_order=True).agg(
-        answered=(pl.col("new") & pl.col("answered")).sum(),
-        failed=(pl.col("new") & ~pl.col("answered")).sum(),
-    )
-    imported = {"file": str(file.path), "sha256": file.sha256, "by": f"hallubench {version('hallubench')}"}
     metadata = file.metadata
-    config = public(dict(file.config))
-    config.setdefault("models", [entry["model_config"] for entry in check.entries])
-    for run_id, answered, failed in counts.iter_rows():
-        path = runs_dir / f"{run_id}.json"
-        record = _read_record(path) or {
+    entries = [_without_secrets(entry, file) for entry in check.entries]
+    config = _without_secrets(file.config, file)
+    config.setdefault("models", [entry["model_config"] for entry in entries])
+    imported = {"file": str(file.path), "sha256": file.sha256, "by": f"hallubench {version('hallubench')}"}
+    for run_id, brings_new in (
+        outcome.group_by("run_id", maintain_order=True).agg(pl.col("new").any()).iter_rows()
+    ):
+        record = _read_record(runs_dir, run_id) or {
             "run_id": run_id,
             "status": "imported",
             "started_at": _utc(metadata.start_time),
@@ -294,32 +295,54 @@ def _write_records(
             "resumed": bool(metadata.resumed),
             "config": config,
             "prompts": {"path": metadata.prompts_file, "count": metadata.total_prompts},
-            "counts": {"answered": 0, "failed": 0},
+            "counts": {},
             "entries": [],
             "imported": [],
         }
-        if record.get("status") != "imported":
-            continue
-        added = [entry for entry in check.entries if entry not in record["entries"]]
-        if added or answered or failed:
-            record["entries"] += added
-            record["counts"]["answered"] += answered
-            record["counts"]["failed"] += failed
-            record["imported"].append(imported | source)
-            write_record(path, record)
+        if record.get("status") == "imported":
+            added = [entry for entry in entries if entry not in record["entries"]]
+            if added or brings_new:
+                record["entries"] += added
+                record["imported"].append(imported | source)
+                write_record(runs_dir / f"{run_id}.json", record)
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
-    """The store's own record of a run, if it has one."""
+def _write_counts(store: Store, run_ids: pl.Series) -> None:
+    """Write into the records of imported runs how many rows are theirs."""
+    counted = (
+        scan(store.folder)
+        .filter(pl.col("run_id").is_in(run_ids.unique().implode()))
+        .group_by("run_id")
+        .agg(answered=pl.col("error").is_null().sum(), failed=pl.col("error").is_not_null().sum())
+        .collect(engine="streaming")
+    )
+    for row in counted.iter_rows(named=True):
+        run_id = row.pop("run_id")
+        record = _read_record(store.runs_dir, run_id) or {}
+        if record.get("status") == "imported" and record["counts"] != row:
+            write_record(store.runs_dir / f"{run_id}.json", record | {"counts": row})
+
+
+def _read_record(runs_dir: Path, run_id: str) -> dict[str, Any] | None:
+    """The record that the store has of a run, if it has one."""
+    path = runs_dir / f"{run_id}.json"
     try:
-        record = json.loads(path.read_bytes())
+        record: dict[str, Any] = json.loads(path.read_bytes())
+        if not isinstance(record, dict):
+            raise ValueError("not an object")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise StoreError(
             f"{printable(path)}: cannot be read ({printable(error, 80)}); move it out of the folder"
         ) from None
-    return record if isinstance(record, dict) else {}
+    return record
+
+
+def _without_secrets(value: Mapping[str, Any], file: LegacyFile) -> dict[str, Any]:
+    """`value` as a record may hold it."""
+    plain: dict[str, Any] = json.loads(redact(json.dumps(public(dict(value))), file.secrets))
+    return plain
 
 
 def _utc(text: str | None) -> str | None:

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from hallubench.cli import main
 from hallubench.config import Config
-from hallubench.errors import ResultError
+from hallubench.errors import ResultError, StoreError
 from hallubench.import_legacy import import_json
 from hallubench.legacy import Layout, export_json
 from hallubench.plan import make_plan
@@ -394,9 +394,11 @@ def test_each_run_has_a_record_of_where_it_comes_from_without_keys(tmp_path: Pat
     assert "imported (2 answered, 1 failed)" in invoke("status", store).stdout
 
 
-def test_a_key_in_an_error_is_masked(tmp_path: Path) -> None:
-    file = write(tmp_path, a_document(_0=[a_failure(0, error=f"401 for x-api-key {KEY}")]))
-    import_json([file], tmp_path / "store", now=NOW)
+def test_a_key_is_masked_wherever_it_is_repeated(tmp_path: Path) -> None:
+    document = a_document(_0=[a_failure(0, error=f"401 for x-api-key {KEY}")])
+    document["metadata"]["config"] = CONFIG | {"description": f"asked with {KEY}"}
+    import_json([write(tmp_path, document)], tmp_path / "store", now=NOW)
+    assert record_of(tmp_path / "store", "a1b2c3d0")["config"]["description"] == "asked with ***"
     assert rows_of(tmp_path / "store")[0]["error"] == "401 for x-api-key ***"
 
 
@@ -406,6 +408,28 @@ def test_a_record_of_the_store_s_own_run_stays_as_it_is(tmp_path: Path) -> None:
     own.write_text('{"status": "finished"}')
     import_json([write(tmp_path, a_whole_document())], tmp_path / "store", now=NOW)
     assert own.read_text() == '{"status": "finished"}'
+
+
+def test_a_second_file_of_a_run_is_added_to_its_record(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    first = write(tmp_path, a_document(_0=[a_result(0), a_failure(1)]), "first.json")
+    second = write(tmp_path, a_document(_0=[a_result(1)], _1=[a_result(0, 1)]), "second.json")
+    import_json([first], store, now=NOW)
+    import_json([second], store, now=NOW)
+    record = record_of(store, "a1b2c3d0")
+    assert [Path(source["file"]).name for source in record["imported"]] == ["first.json", "second.json"]
+    assert [entry["model_config"]["name"] for entry in record["entries"]] == [CLAUDE, GEMINI]
+    assert record["counts"] == {"answered": 2, "failed": 0}
+
+
+@pytest.mark.parametrize("broken", ["{", "[]"])
+def test_a_record_that_cannot_be_read_is_not_overwritten(tmp_path: Path, broken: str) -> None:
+    own = tmp_path / "store" / "_runs" / "a1b2c3d0.json"
+    own.parent.mkdir(parents=True)
+    own.write_text(broken)
+    with pytest.raises(StoreError, match=r"a1b2c3d0.json: cannot be read .*; move it out of the folder"):
+        import_json([write(tmp_path, a_whole_document())], tmp_path / "store", now=NOW)
+    assert own.read_text() == broken
 
 
 def test_an_export_of_an_import_is_the_legacy_file_with_more_in_it(tmp_path: Path) -> None:
