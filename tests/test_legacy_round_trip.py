@@ -109,7 +109,10 @@ def stores(draw: st.DrawFn) -> tuple[list[Row], list[dict[str, Any]]]:
         )
         for number, chat in enumerate(draw(st.lists(st.booleans(), min_size=1, max_size=3)))
     ]
-    entries = draw(st.lists(ENTRIES.filter(is_possible), min_size=1, max_size=4, unique_by=repr))
+    possible = ENTRIES.filter(is_possible)
+    entries = draw(
+        st.lists(possible, min_size=1, max_size=4, unique_by=lambda entry: json.dumps(entry, sort_keys=True))
+    )
     rows = []
     for entry in entries:
         provider = PROVIDERS[entry["type"]]
