@@ -30,7 +30,7 @@ from hallubench.providers.vllm import (
     weights_digest,
 )
 from hallubench.store import scan
-from hallubench.types import Completion, Logprobs, Request
+from hallubench.types import Completion, Logprobs, Prompt, Request
 
 pytestmark = [
     pytest.mark.engine,
@@ -201,7 +201,8 @@ def test_in_float32_an_answer_does_not_depend_on_what_is_in_the_batch(
 def test_a_prompt_longer_than_the_context_fails_alone_and_says_why(
     asker: Asker, requests: list[Request]
 ) -> None:
-    long = replace(requests[0], request_id="long", prompt=replace(requests[0].prompt, text="CVE " * CONTEXT))
+    endless = Prompt(id="endless", index=0, text="CVE " * CONTEXT)
+    long = replace(requests[0], request_id="long", prompt=endless)
     completions = {c.request_id: c for c in asker.ask([requests[1], long, requests[2]])}
     assert completions["long"].text is None
     assert completions["long"].error_type == "context_length"
