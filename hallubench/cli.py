@@ -149,6 +149,32 @@ def status(folder: Path) -> None:
 
 
 @main.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--repair", is_flag=True, help="Mend what is wrong; originals are kept beside FOLDER.")
+def verify(folder: Path, repair: bool) -> None:
+    """Read every row of the store in FOLDER: is it whole, and what would a repair do. Exit code 1: it is not."""
+    from datetime import UTC, datetime
+
+    from hallubench.findings import report_lines
+
+    if repair:
+        from hallubench.repair import repair as mend
+
+        found, report, aside = mend(folder, datetime.now(UTC))
+    else:
+        from hallubench.verify import verify as inspect
+
+        report = inspect(folder)
+        found, aside = report.findings, None
+    for line in report_lines(folder, found, report):
+        click.echo(line)
+    if aside is not None:
+        click.echo(f"Originals: {printable(aside, longest=1000)}")
+    if report.faults:
+        raise SystemExit(1)
+
+
+@main.command()
 @_config_options
 def validate(path: Path, **overrides: Any) -> None:
     """Check packages, prompts, models, keys, GPU, memory and disk. No model is asked anything."""
