@@ -152,7 +152,10 @@ def status(folder: Path) -> None:
 @click.argument("folder", type=FOLDER)
 @click.option("--repair", is_flag=True, help="Mend what is wrong; originals are kept beside FOLDER.")
 def verify(folder: Path, repair: bool) -> None:
-    """Read every row of the store in FOLDER: is it whole, and what would a repair do. Exit code 1: it is not."""
+    """Read all of the store in FOLDER, and say what is wrong and what a repair would do.
+
+    The exit code is 1 if something is.
+    """
     from datetime import UTC, datetime
 
     from hallubench.findings import report_lines

@@ -56,7 +56,7 @@ def repair(folder: Path, now: datetime) -> tuple[list[Finding], Report, Path | N
             done.update(todo)
             report = verify(folder, alone=True)
             found |= dict.fromkeys(report.findings)
-    return list(found), report, mender.aside if mender.aside.exists() else None
+    return list(found), report, mender.aside if mender.has_kept else None
 
 
 class _Mender:
@@ -65,6 +65,8 @@ class _Mender:
     def __init__(self, folder: Path, now: datetime) -> None:
         place = folder.resolve()  # "." has no name to put another one beside
         self.aside = place.with_name(f"{place.name}.damaged-{now:%Y%m%d-%H%M%S}")
+        self.has_kept = False
+        """Whether anything is in `aside`."""
         self._folder = folder
         self._name = f"part-{now:%Y%m%d-%H%M%S}-repair"
         paths = [path for model_dir in model_folders(folder) for path in part_paths(model_dir)]
@@ -91,6 +93,9 @@ class _Mender:
                 ) from None
 
     def _place_aside(self, path: Path) -> Path:
+        if not self.has_kept:
+            self.aside.mkdir()  # never one that is there already
+            self.has_kept = True
         place = self.aside / path.relative_to(self._folder)
         place.parent.mkdir(parents=True, exist_ok=True)
         return place
@@ -172,8 +177,8 @@ class _Salvage:
     def _judged(self) -> Iterator[tuple[pa.Table, pl.DataFrame, pl.Series]]:
         """The row groups that can be read, as tables and frames, and which of their rows are sound."""
         with open_part(self._path) as file:
-            for group in read_row_groups(file):
-                if group.table is not None:
-                    rows = pl.DataFrame(group.table)
+            for table in read_row_groups(file):
+                if table is not None:
+                    rows = pl.DataFrame(table)
                     wrong = judge(rows, self._asked).contradictions.values()
-                    yield group.table, rows, rows.select(~pl.any_horizontal(*wrong)).to_series()
+                    yield table, rows, rows.select(~pl.any_horizontal(*wrong)).to_series()
