@@ -40,6 +40,7 @@ TEMPORARY_SUFFIX = ".writing"
 """Not .parquet: whoever reads `**/*.parquet` must not find half a file."""
 REPLACES = b"hallubench_replaces"
 MARK = b"hallubench_schema"
+MODEL_FOLDERS = "model[-=]*"
 LONGEST_FOLDER_NAME = 200
 NULL_TO_HIVE = "__HIVE_DEFAULT_PARTITION__"
 ROW_GROUP_BYTES = 32 * 2**20
@@ -66,7 +67,7 @@ def model_folder(model: str) -> str:
 
 def model_folders(folder: Path) -> list[Path]:
     """The model folders of a store, by name."""
-    return sorted(path for path in folder.glob("model[-=]*") if path.is_dir())
+    return sorted(path for path in folder.glob(MODEL_FOLDERS) if path.is_dir())
 
 
 def part_paths(model_dir: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from hallubench.errors import StoreError
 from hallubench.findings import Finding, Remedy, Report
 from hallubench.lock import is_locked
 from hallubench.parts import (
+    MODEL_FOLDERS,
     PART_NAME,
     TEMPORARY_SUFFIX,
     Source,
@@ -189,13 +190,13 @@ class _Verification:
                 continue
             missing = missing_answers(record, self._answers[run_id], records)
             path = record_path(self._folder, run_id)
+            what = f"counts {missing} more answers than are here"
             if missing > 0 and record["status"] == "failed":
-                self._note(
-                    path, f"counts {missing} more answers than are here; they may not have been written"
-                )
+                self._note(path, f"{what}; they may not have been written")
+            elif missing > 0 and self._is_written():
+                self._note(path, f"{what}; the run that goes on may just have set them aside")
             elif missing > 0:
                 self._report.missing_answers[run_id] = missing
-                what = f"counts {missing} more answers than are here"
                 self._report.findings.append(Finding(path, what, Remedy.NOTE_MISSING_ANSWERS))
             elif not self._rows[run_id]:
                 self._note(path, "no row that counts is of this run")
@@ -225,19 +226,19 @@ class _Verification:
 
     def _look_for_strangers(self) -> None:
         """Look for files that no run writes."""
-        model_dirs = model_folders(self._folder)
-        for model_dir in model_dirs:
-            for path in sorted(model_dir.iterdir()):
-                if path.name.endswith(f".parquet{TEMPORARY_SUFFIX}"):
-                    self._leftovers[path] = "is half a part, which a killed run left"
-                elif path.suffix != ".parquet":
-                    self._note(path, "is not of the store")
         for path in sorted(self._folder.rglob("*.parquet")):
-            if path.parent not in model_dirs or not PART_NAME.fullmatch(path.name):
+            in_place = path.parent.parent == self._folder and path.parent.match(MODEL_FOLDERS)
+            if not in_place or not PART_NAME.fullmatch(path.name):
                 what = "is not of the store, and whoever reads **/*.parquet would read it"
                 self._report.findings.append(Finding(path, what, Remedy.MOVE))
         for path in sorted(self._folder.iterdir()):
-            if path not in model_dirs and path.name not in {RUNS, EXPORT} and path.suffix != ".parquet":
+            known = path.name in {RUNS, EXPORT} or path.match(MODEL_FOLDERS)
+            if not known and path.suffix != ".parquet":
+                self._note(path, "is not of the store")
+        for path in sorted(self._folder.glob(f"{MODEL_FOLDERS}/*")):
+            if path.name.endswith(f".parquet{TEMPORARY_SUFFIX}"):
+                self._leftovers[path] = "is half a part, which a killed run left"
+            elif path.suffix != ".parquet":
                 self._note(path, "is not of the store")
 
     def _report_leftovers(self) -> None:

@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,23 +48,25 @@ def make_config(folder: Path, *entries: dict[str, Any], prompts: int = 12, **key
     return Config.model_validate(settings | keys)
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Config:
-    """Two models with 12 prompts each, asked already."""
-    config = make_config(tmp_path, entry("a"), entry("b"))
-    run(config)
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Two models with 12 prompts each, asked already, in parts of many row groups as those of large runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "ROW_GROUP_BYTES", 2_000)
+        run(config := make_config(tmp_path_factory.mktemp("asked"), entry("a"), entry("b")))
     return config
+
+
+@pytest.fixture
+def config(tmp_path: Path, asked: Config) -> Config:
+    """The same, to be damaged."""
+    shutil.copytree(str(asked.output_dir), tmp_path / "out")
+    return asked.model_copy(update={"output_dir": str(tmp_path / "out")})
 
 
 @pytest.fixture
 def store(tmp_path: Path, config: Config) -> Path:
     return tmp_path / "out"
-
-
-@pytest.fixture
-def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of many row groups, as those of large runs."""
-    monkeypatch.setattr(parts, "ROW_GROUP_BYTES", 2_000)
 
 
 def the_part(store: Path, model: str = "a") -> Path:
@@ -233,6 +237,7 @@ def test_the_same_answers_twice_are_counted_and_no_fault(store: Path) -> None:
     assert (report.findings, report.parts, report.answers, report.outdated) == ([], 3, 24, 12)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_leaves_nothing_to_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hallubench.store.FLUSH_SECONDS", 0.0)
     monkeypatch.setattr("hallubench.store.MOST_SMALL_PARTS", 2)
@@ -297,11 +302,7 @@ def test_a_part_cut_short_is_found_and_asked_again(config: Config, store: Path) 
     assert (aside / "model=a" / part.name).read_bytes() == content[: len(content) // 2]
 
 
-@pytest.mark.usefixtures("small_groups")
-def test_of_a_part_with_a_flipped_bit_only_one_row_group_is_lost(tmp_path: Path) -> None:
-    config = make_config(tmp_path, entry("a"), entry("b"))
-    run(config)
-    store = tmp_path / "out"
+def test_of_a_part_with_a_flipped_bit_only_one_row_group_is_lost(config: Config, store: Path) -> None:
     kept = answers(store)
     part = the_part(store)
     rows = pq.read_metadata(part).row_group(1).num_rows
@@ -318,7 +319,6 @@ def test_of_a_part_with_a_flipped_bit_only_one_row_group_is_lost(tmp_path: Path)
     assert verify(store).faults == 0
 
 
-@pytest.mark.usefixtures("small_groups")
 def test_a_flipped_bit_is_found_wherever_it_is_and_changes_no_row(store: Path, tmp_path: Path) -> None:
     part = the_part(store)
     content = part.read_bytes()
@@ -327,19 +327,16 @@ def test_a_flipped_bit_is_found_wherever_it_is_and_changes_no_row(store: Path, t
     flipped = tmp_path / "model=a" / part.name
     flipped.parent.mkdir()
     random_ = random.Random(0)
-    for number in range(200):
+    for number in range(100):
         at = random_.randrange(*((0, footer) if number % 2 else (footer, len(content))))
         damaged = bytearray(content)
         damaged[at] ^= 1 << random_.randrange(8)
         flipped.write_bytes(damaged)
-        try:
-            _, findings = inspect_part(flipped, flipped, {rows[0]["run_id"]})
-        except StoreError as error:
-            assert "another version" in str(error)
-            continue
-        (fault,) = findings
-        assert fault.is_fault
-        if fault.remedy is Remedy.SAVE_ROWS:
+        fault = None
+        with suppress(StoreError):  # taken for a part of another version
+            _, (fault,) = inspect_part(flipped, flipped, {rows[0]["run_id"]})
+            assert fault.is_fault
+        if fault and fault.remedy is Remedy.SAVE_ROWS:
             with open_part(flipped) as file:
                 saved = [row for table in read_row_groups(file) if table for row in table.to_pylist()]
             assert saved
@@ -428,7 +425,6 @@ def test_a_row_without_an_identity_or_with_a_path_for_a_run_is_moved_out(config:
     assert not list(store.parent.parent.glob("x*"))
 
 
-@pytest.mark.usefixtures("small_groups")
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -518,20 +514,21 @@ def invoke(*arguments: object) -> tuple[int, str]:
 def test_the_command_says_what_is_wrong_and_mends_it(store: Path) -> None:
     assert invoke(store) == (0, "2 parts, 24 rows, 24 answers, 0 errors: whole\n")
     part = the_part(store)
+    lost = pq.read_metadata(part).row_group(0).num_rows
     flip(part, data_page(part, "full_response"))
     (store / "notes.txt").write_text("x")
     code, output = invoke(store)
     assert code == 1
     assert output.splitlines() == [
-        f"FAULT  model=a/{part.name}  12 of 12 rows cannot be read; --repair: move it aside",
+        f"FAULT  model=a/{part.name}  {lost} of 12 rows cannot be read; --repair: {Remedy.SAVE_ROWS}",
         f"note   notes.txt{' ' * (len(part.name) - 1)}  is not of the store",
         "2 parts, 12 rows, 12 answers, 0 errors: 1 fault",
     ]
     code, output = invoke(store, "--repair")
     assert code == 0
-    assert "counts 12 more answers than are here; --repair: note it in the record" in output
+    assert f"counts {lost} more answers than are here; --repair: note it in the record" in output
     *_, totals, originals = output.splitlines()
-    assert totals == "1 part, 12 rows, 12 answers, 0 errors: whole"
+    assert totals == f"2 parts, {24 - lost} rows, {24 - lost} answers, 0 errors: whole"
     assert re.fullmatch(rf"Originals: {store}\.damaged-\d{{8}}-\d{{6}}", originals)
     assert invoke(store, "--repair") == (0, f"note   notes.txt  is not of the store\n{totals}\n")
 
