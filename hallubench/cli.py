@@ -169,7 +169,7 @@ def verify(folder: Path, repair: bool) -> None:
 
         report = inspect(folder)
         found, aside = report.findings, None
-    for line in report_lines(folder, found, report):
+    for line in report_lines(folder, found, report, repaired=repair):
         click.echo(line)
     if aside is not None:
         click.echo(f"Originals: {printable(aside, longest=1000)}")

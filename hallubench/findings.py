@@ -49,13 +49,23 @@ class Report:
         return sum(finding.is_fault for finding in self.findings)
 
 
-def report_lines(folder: Path, findings: Iterable[Finding], report: Report) -> Iterator[str]:
-    """A line for each finding, aligned, then one for what the store holds."""
+def report_lines(
+    folder: Path, findings: Iterable[Finding], report: Report, *, repaired: bool = False
+) -> Iterator[str]:
+    """A line for each finding, aligned, then one for what the store holds.
+
+    Args:
+        folder: of the store.
+        findings: what was found.
+        report: the store as it is now.
+        repaired: whether remedies have been applied, and not only could be.
+    """
+    verb = "done" if repaired else "--repair"
     shown = [(printable(finding.path.relative_to(folder)), finding) for finding in findings]
     width = max((len(path) for path, _ in shown), default=0)
     for path, finding in shown:
         kind = "FAULT" if finding.is_fault else "note"
-        remedy = f"; --repair: {finding.remedy}" if finding.remedy else ""
+        remedy = f"; {verb}: {finding.remedy}" if finding.remedy else ""
         yield f"{kind:5}  {path:{width}}  {printable(finding.what)}{remedy}"
     counts = {
         "part": report.parts,

@@ -526,7 +526,7 @@ def test_the_command_says_what_is_wrong_and_mends_it(store: Path) -> None:
     ]
     code, output = invoke(store, "--repair")
     assert code == 0
-    assert f"counts {lost} more answers than are here; --repair: note it in the record" in output
+    assert f"counts {lost} more answers than are here; done: note it in the record" in output
     *_, totals, originals = output.splitlines()
     assert totals == f"2 parts, {24 - lost} rows, {24 - lost} answers, 0 errors: whole"
     assert re.fullmatch(rf"Originals: {store}\.damaged-\d{{8}}-\d{{6}}", originals)
