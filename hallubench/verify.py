@@ -169,9 +169,7 @@ class _Verification:
                     .agg(answers=has_error.not_().sum(), errors=has_error.sum())
                 )
                 model.runs = runs.collect(engine="streaming").rows()
-        if len(sound) == len(
-            parts
-        ):  # or what a damaged part took the place of counts again, once that is gone
+        if len(sound) == len(parts):  # a damaged part gives its place back to those that it replaced
             with suppress(FileNotFoundError):
                 model.replaced = {*part_paths(model_dir)} - {*live_parts(model_dir, damaged_too=True)}
         return model
