@@ -22,7 +22,7 @@ from hallubench.seal import is_intact
 from hallubench.text import printable
 from hallubench.types import Message, Prompt, SamplingParams
 
-IDENTITY = ("run_id", "request_id", "prompt_index", "sample_index", "provider", "model")
+IDENTITY = ("run_id", "request_id", "prompt_id", "prompt_index", "sample_index", "provider", "model")
 """Columns without which a row cannot be told from others."""
 LONGEST_RUN_ID = 200
 """In bytes: files are named for it."""
@@ -184,6 +184,8 @@ def _uneven(prefix: str) -> pl.Expr:
 
 def _id_follows(row: Mapping[str, Any]) -> bool:
     """Whether a row has the id that its request would be given."""
+    if row["prompt_id"] is None:
+        return False
     params = SamplingParams(
         max_tokens=row["max_tokens"],
         temperature=row["temperature"],
@@ -205,6 +207,7 @@ _CONTRADICTIONS = {
     "have both an answer and an error, or neither": (
         pl.col("full_response").is_null() == pl.col("error").is_null()
     ),
+    "have both a prompt and messages, or neither": pl.col("prompt").is_null() == pl.col("messages").is_null(),
     "have lists of unequal length for the same tokens": _uneven("output") | _uneven("prompt"),
     "lack one of " + ", ".join(IDENTITY): pl.any_horizontal(pl.col(IDENTITY).is_null()),
     "have a run_id that can name no file": (
