@@ -82,12 +82,12 @@ def run(config: Config, *, fresh: bool = False, display: Display | None = None) 
             return Result(None, output, already_answered=survey.requests)
         require_ready([entry for entry, count in zip(config.models, survey.pending, strict=True) if count])
         with Store(output, run_id := new_run_id(datetime.now(UTC))) as store:
-            if fresh:
-                set_aside(output, {entry.name for entry in config.models}, datetime.now(UTC))
+            models = {entry.name for entry in config.models}
+            aside = set_aside(output, models, datetime.now(UTC)) if fresh else None
             now_answered = answered_ids(output)  # again, now that nobody else writes
             if now_answered != answered:
                 answered, survey = now_answered, plan.survey(now_answered)
-            generation = _Generation(plan, survey, store, run_id, answered, shown)
+            generation = _Generation(plan, survey, store, run_id, answered, shown, aside)
             with ThreadPoolExecutor(1, thread_name_prefix="hallubench") as thread:
                 ending = thread.submit(generation.run_until_complete)
                 while not ending.done():
@@ -123,6 +123,7 @@ class _Generation:
         run_id: str,
         answered: Container[str],
         display: Display,
+        set_aside: Path | None,
     ) -> None:
         self._plan = plan
         self._survey = survey
@@ -130,6 +131,7 @@ class _Generation:
         self._run_id = run_id
         self._answered = answered
         self._display = display
+        self._set_aside = set_aside
         open_ = sum(survey.pending)
         self._result = Result(run_id, store.folder, survey.requests - open_, pending=open_)
         self._loop = asyncio.new_event_loop()
@@ -156,6 +158,7 @@ class _Generation:
             self._run_id,
             self._plan.config,
             self._plan.prompts.facts() | {"count": self._survey.prompts},
+            set_aside=self._set_aside,
         )
         try:
             async with Writer(self._store) as self._writer:

@@ -245,7 +245,9 @@ def _answer_options(entry: ModelConfig) -> dict[str, Any]:
         options["logprobs"] = entry.logprobs
     if entry.prompt_logprobs is not None:
         options["prompt_logprobs"] = entry.prompt_logprobs
-    return options
+    # As the store will have them: JSON's keys are texts, and sort otherwise than numbers do.
+    plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
+    return plain
 
 
 def _lane_key(entry: ModelConfig) -> object:
