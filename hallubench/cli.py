@@ -168,6 +168,35 @@ def status(folder: Path) -> None:
 
 
 @main.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--repair", is_flag=True, help="Mend what is wrong; originals are kept beside FOLDER.")
+def verify(folder: Path, repair: bool) -> None:
+    """Read all of the store in FOLDER, and say what is wrong and what a repair would do.
+
+    The exit code is 1 if something is.
+    """
+    from datetime import UTC, datetime
+
+    from hallubench.findings import report_lines
+
+    if repair:
+        from hallubench.repair import repair as mend
+
+        found, report, aside = mend(folder, datetime.now(UTC))
+    else:
+        from hallubench.verify import verify as inspect
+
+        report = inspect(folder)
+        found, aside = report.findings, None
+    for line in report_lines(folder, found, report, repaired=repair):
+        click.echo(line)
+    if aside is not None:
+        click.echo(f"Originals: {printable(aside, longest=1000)}")
+    if report.faults:
+        raise SystemExit(1)
+
+
+@main.command()
 @_config_options
 def validate(path: Path, **overrides: Any) -> None:
     """Check packages, prompts, models, keys, GPU, memory and disk. No model is asked anything."""

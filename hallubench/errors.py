@@ -8,6 +8,7 @@
     │   └── StoreError        ... the output folder
     └── RunError              the run could not finish                       exit code 1
         ├── LaneError         ... one lane stopped; its requests stay pending
+        │   └── EngineDied    ... its engine did; another one may go on
         └── DiskError         ... answers can no longer be written
 
 Every message is one line that names the file, key or line, and the fix. Exceptions of SDKs and of
@@ -49,6 +50,10 @@ class RunError(HallubenchError):
 
 class LaneError(RunError):
     """One lane cannot go on (bad key, unknown model, dead engine). Its open requests stay pending."""
+
+
+class EngineDied(LaneError):  # noqa: N818 - what happened says more than "EngineDeathError"
+    """A loaded engine died. A lane goes on with another one, once."""
 
 
 class DiskError(RunError):

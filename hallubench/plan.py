@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
+from json.encoder import encode_basestring_ascii as _json_text
 from typing import Any
 
 from hallubench.accepts import accepted, check_parameters
@@ -106,8 +107,8 @@ class Plan:
                 if own_system_message and self.config.models[index].system_prompt:
                     both = f"models[{index}].system_prompt and prompt {printable(prompt.id)!r}"
                     raise ConfigError(f"{both} each bring a system message; remove one of the two")
-                for request_id in one.ids(prompt):
-                    pending[index] += request_id not in answered
+                for id_ in one.ids(prompt):
+                    pending[index] += id_ not in answered
         requests = prompts * sum(entry.n for entry in self.config.models)
         return Survey(prompts=prompts, requests=requests, pending=tuple(pending))
 
@@ -176,8 +177,12 @@ def request_id(settings: bytes, prompt: Prompt, sample_index: int, seed: int | N
     The prompt's id is part of it: two prompts with the same text are two rows. Among 100 million
     requests, the chance that any two share an id is below 1 in 200 million.
     """
-    turns = [(turn.role, turn.content) for turn in prompt.messages] if prompt.messages else prompt.text
-    content = json.dumps([prompt.id, turns, sample_index, seed])
+    if prompt.text is not None:
+        asked = _json_text(prompt.text)
+    else:
+        asked = json.dumps([(turn.role, turn.content) for turn in prompt.messages or ()])
+    # The text of a JSON list, put together by hand: json.dumps would take three quarters of a plan's time.
+    content = f"[{_json_text(prompt.id)}, {asked}, {sample_index}, {'null' if seed is None else seed}]"
     return hashlib.blake2b(settings + content.encode(), digest_size=10).hexdigest()
 
 
@@ -204,16 +209,16 @@ class _Series:
         )
         self.identity = self._settings + str(self._seed).encode()
 
-    def _samples(self) -> Iterator[tuple[int, int | None]]:
-        for sample_index in range(self._entry.n):
-            yield sample_index, None if self._seed is None else self._seed + sample_index
+    def _seed_of(self, sample_index: int) -> int | None:
+        return None if self._seed is None else self._seed + sample_index
 
     def ids(self, prompt: Prompt) -> Iterator[str]:
-        for sample_index, seed in self._samples():
-            yield request_id(self._settings, prompt, sample_index, seed)
+        for sample_index in range(self._entry.n):
+            yield request_id(self._settings, prompt, sample_index, self._seed_of(sample_index))
 
     def requests(self, prompt: Prompt, answered: Container[str]) -> Iterator[Request]:
-        for sample_index, seed in self._samples():
+        for sample_index in range(self._entry.n):
+            seed = self._seed_of(sample_index)
             id_ = request_id(self._settings, prompt, sample_index, seed)
             if id_ not in answered:
                 yield Request(
@@ -240,7 +245,9 @@ def _answer_options(entry: ModelConfig) -> dict[str, Any]:
         options["logprobs"] = entry.logprobs
     if entry.prompt_logprobs is not None:
         options["prompt_logprobs"] = entry.prompt_logprobs
-    return options
+    # As the store will have them: JSON's keys are texts, and sort otherwise than numbers do.
+    plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
+    return plain
 
 
 def _lane_key(entry: ModelConfig) -> object:

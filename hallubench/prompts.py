@@ -83,8 +83,9 @@ class PromptFile:
 
     def __iter__(self) -> Iterator[Prompt]:
         hashes = array("q")
+        append = hashes.append
         for _, prompt in self._numbered():
-            hashes.append(hash(prompt.id))
+            append(hash(prompt.id))
             yield prompt
         if not hashes:
             raise _error(self.path, "holds no prompts: add some")
@@ -104,12 +105,12 @@ class PromptFile:
         """The prompts, each with the number of its line, row or entry."""
         with _reading(self.path):
             unit, read, to_entry = _find_format(self.path)
-            for index, (number, record) in enumerate(islice(read(self.path), self.limit)):
-                try:
-                    prompt = _to_prompt(to_entry(record), index)
-                except _EntryError as problem:
-                    raise _error(self.path, f"{unit} {number}: {problem}") from None
-                yield number, prompt
+            number = 0
+            try:
+                for index, (number, record) in enumerate(islice(read(self.path), self.limit)):
+                    yield number, _to_prompt(to_entry(record), index)
+            except _EntryError as problem:
+                raise _error(self.path, f"{unit} {number}: {problem}") from None
 
     def _refuse_duplicates(self, suspects: set[int]) -> None:
         """Compare the ids behind equal hashes: different ids may share one."""
@@ -318,7 +319,11 @@ def _parse_json(text: str) -> Any:
 
 def _decode_json(text: str) -> Any:
     try:
-        return _JSON.decode(text)
+        if text.startswith("{"):
+            value, end = _JSON.raw_decode(text)
+            if end == len(text):
+                return value
+        return _JSON.decode(text)  # with white space around, or in need of its message
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
         fix = "an object on each line makes a .jsonl file, one document a .json file"

@@ -26,6 +26,7 @@ from hallubench.config import Config
 from hallubench.errors import DiskError
 
 Status = Literal["running", "finished", "interrupted", "failed"]
+TEMPORARY_SUFFIX = ".tmp"
 
 
 def new_run_id(now: datetime) -> str:
@@ -36,11 +37,26 @@ def new_run_id(now: datetime) -> str:
 class RunRecord:
     """The record of one run, on disk from its start and rewritten whole when something is added.
 
+    Args:
+        runs_dir: the folder of the records.
+        run_id: the run's name.
+        config: what it asks.
+        prompts: what there is to know of the prompts file.
+        set_aside: where earlier answers of the config's models were moved before it began; None if nowhere.
+
     Raises:
         DiskError: the record cannot be written.
     """
 
-    def __init__(self, runs_dir: Path, run_id: str, config: Config, prompts: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        runs_dir: Path,
+        run_id: str,
+        config: Config,
+        prompts: dict[str, Any],
+        *,
+        set_aside: Path | None = None,
+    ) -> None:
         self._path = runs_dir / f"{run_id}.json"
         self._record: dict[str, Any] = {
             "run_id": run_id,
@@ -50,6 +66,7 @@ class RunRecord:
             "hallubench": {"version": version("hallubench"), "git_commit": _git_commit()},
             "config": config.to_json(),
             "prompts": prompts,
+            "set_aside": None if set_aside is None else str(set_aside),
             "packages": _packages(),
             "machine": _machine(),
             "providers": {},
@@ -73,12 +90,12 @@ class RunRecord:
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a run's record whole, in the place of an earlier one.
+    """Write a record whole, in the place of an earlier one.
 
     Raises:
         DiskError: it cannot be written; the earlier one is still there.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_suffix(f".json{TEMPORARY_SUFFIX}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(record, file, indent=2, default=str)

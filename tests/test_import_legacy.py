@@ -21,6 +21,7 @@ from hallubench.legacy import Layout, export_json
 from hallubench.plan import make_plan
 from hallubench.prompts import PromptFile
 from hallubench.store import Store, answered_ids, scan
+from hallubench.verify import verify
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 NOW = datetime(2026, 11, 23, 8, 37, 58, tzinfo=UTC)
@@ -310,6 +311,13 @@ def test_a_flat_file_brings_the_prompt_s_text_and_so_the_id_that_generate_asks_w
     file = write(tmp_path, {"metadata": {"config": CONFIG}, "results": results})
     import_json([file], tmp_path / "store", now=NOW)
     assert pending(a_config(), prompts_file(tmp_path), tmp_path / "store") == (0, 3, 3)
+
+
+@pytest.mark.parametrize("with_prompts", [True, False])
+def test_a_store_of_imported_results_is_whole(tmp_path: Path, with_prompts: bool) -> None:
+    prompts = prompts_file(tmp_path) if with_prompts else None
+    import_json([write(tmp_path, a_whole_document())], tmp_path / "store", prompts=prompts, now=NOW)
+    assert verify(tmp_path / "store").faults == 0
 
 
 def test_importing_again_gives_nothing_twice_and_changes_no_file(tmp_path: Path) -> None:

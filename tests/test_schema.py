@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace as replace_fields
 
 from hallubench.schema import SCHEMA, Row, to_table
 from hallubench.types import Completion, Logprobs, Message, Prompt, Request, SamplingParams, Usage
@@ -30,7 +31,7 @@ def make_row(
     """A row with some fields of its prompt, sampling parameters, request and completion set."""
     asked: dict[str, Any] = {
         "request_id": "0123456789abcdef0123",
-        "prompt": replace(Prompt(id="p1", index=0, text="Does it exist?"), **(prompt or {})),
+        "prompt": replace_fields(Prompt(id="p1", index=0, text="Does it exist?"), **(prompt or {})),
         "sample_index": 0,
         "provider": "echo",
         "model": "m",

@@ -30,7 +30,7 @@ from hallubench.providers.vllm import (
     weights_digest,
 )
 from hallubench.store import scan
-from hallubench.types import Completion, Logprobs, Request
+from hallubench.types import Completion, Logprobs, Prompt, Request
 
 pytestmark = [
     pytest.mark.engine,
@@ -201,7 +201,8 @@ def test_in_float32_an_answer_does_not_depend_on_what_is_in_the_batch(
 def test_a_prompt_longer_than_the_context_fails_alone_and_says_why(
     asker: Asker, requests: list[Request]
 ) -> None:
-    long = replace(requests[0], request_id="long", prompt=replace(requests[0].prompt, text="CVE " * CONTEXT))
+    endless = Prompt(id="endless", index=0, text="CVE " * CONTEXT)
+    long = replace(requests[0], request_id="long", prompt=endless)
     completions = {c.request_id: c for c in asker.ask([requests[1], long, requests[2]])}
     assert completions["long"].text is None
     assert completions["long"].error_type == "context_length"
@@ -306,12 +307,36 @@ def test_a_killed_run_goes_on_to_what_an_undisturbed_one_would_have_answered(
     assert "Nothing left to ask" in again.stdout
 
 
+def test_a_run_whose_engine_is_killed_loads_it_again_and_finishes(
+    tiny_model: Path, tmp_path: Path, requests: list[Request], answers: dict[str, Completion]
+) -> None:
+    slow = {"kv_cache_memory_bytes": 2**27, "max_num_seqs": 4}
+    config = config_of(tiny_model, write_prompts(tmp_path / "prompts.jsonl", 200), engine=slow)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "hallubench", "generate", "--config", "config.json"]
+    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for child in wait_for_rows(run, tmp_path / "out"):
+        os.kill(child, signal.SIGKILL)
+    output, notes = run.communicate()
+    assert run.returncode == 0, notes
+    assert "the vLLM engine died" in notes
+    assert f"{len(requests)} answered, 0 failed, 0 pending" in output
+    after = scan(tmp_path / "out").filter(pl.col("temperature") == 0).collect()
+    assert dict(after.select("request_id", "output_token_ids").iter_rows()) == {
+        request.request_id: token_ids(answers[request.request_id])
+        for request in requests
+        if request.params.temperature == 0
+    }
+    (record,) = (tmp_path / "out" / "_runs").glob("*.json")
+    assert len(json.loads(record.read_text())["providers"]["tiny"]) == 2, "both engines are on record"
+
+
 def tokens_in(store: Path) -> dict[str, list[int]]:
     rows = scan(store).select("request_id", "output_token_ids").collect()
     return {row["request_id"]: row["output_token_ids"] for row in rows.iter_rows(named=True)}
 
 
-def wait_for_rows(run: subprocess.Popen[bytes], output: Path) -> list[int]:
+def wait_for_rows(run: subprocess.Popen[Any], output: Path) -> list[int]:
     """Wait until a run has stored something; the ids of its processes."""
     while not list(output.glob("model=*/*.parquet")):
         assert run.poll() is None, "the run ended by itself"
