@@ -197,6 +197,30 @@ def verify(folder: Path, repair: bool) -> None:
 
 
 @main.command()
+@click.argument("folder", type=FOLDER)
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    metavar="N",
+    help="Answers to ask again.",
+)
+@click.option("--seed", type=int, default=42, show_default=True, help="Which answers.")
+@click.option("--models", metavar="GLOB", help="Only the models whose name matches, such as 'Qwen/*'.")
+def reproduce(folder: Path, sample: int, seed: int, models: str | None) -> None:
+    """Ask some answers of local models in FOLDER again, alone and in a batch, and compare."""
+    from hallubench.reproduce import report_lines
+    from hallubench.reproduce import reproduce as ask_again
+
+    def notify(line: str) -> None:
+        click.echo(printable(line, longest=2000), err=True)
+
+    for line in report_lines(ask_again(folder, sample=sample, seed=seed, models=models, notify=notify)):
+        click.echo(line)
+
+
+@main.command()
 @_config_options
 def validate(path: Path, **overrides: Any) -> None:
     """Check packages, prompts, models, keys, GPU, memory and disk. No model is asked anything."""

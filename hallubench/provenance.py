@@ -63,12 +63,10 @@ class RunRecord:
             "status": "running",
             "started_at": _now(),
             "ended_at": None,
-            "hallubench": {"version": version("hallubench"), "git_commit": _git_commit()},
             "config": config.to_json(),
             "prompts": prompts,
             "set_aside": None if set_aside is None else str(set_aside),
-            "packages": _packages(),
-            "machine": _machine(),
+            **environment(),
             "providers": {},
             "counts": {},
             "problems": [],
@@ -105,6 +103,15 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise DiskError(f"{path}: cannot be written: {error.strerror}; make room and run again") from None
+
+
+def environment() -> dict[str, Any]:
+    """Where something runs: hallubench's version, those of all packages, and the machine."""
+    return {
+        "hallubench": {"version": version("hallubench"), "git_commit": _git_commit()},
+        "packages": _packages(),
+        "machine": _machine(),
+    }
 
 
 def _now() -> str:
