@@ -60,6 +60,8 @@ SHORTEST_SECRET = 8
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+MOST_VALUES = 1_000_000
+"""In a config: ten lines of YAML can stand for more than there is memory for."""
 USABLE_KEY = re.compile(r"[!-~]+")
 """What an HTTP header can carry, and no key has more than that."""
 
@@ -136,7 +138,7 @@ class ModelConfig(_Limits):
     """Longest answer, in tokens."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end the answer (not included in it)."""
-    n: Count = 1
+    n: Annotated[Count, Field(le=1_000_000)] = 1
     """Answers a prompt; sample i is drawn with seed + i."""
     seed: Int64 | None = None
     """Seed of this entry; not set: the config's `seed`."""
@@ -358,7 +360,10 @@ def _parse(path: Path) -> Any:
             case ".json":
                 return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
             case ".yaml" | ".yml":
-                return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader underneath
+                document = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader underneath
+                if _size(document, {}) > MOST_VALUES:
+                    raise ValueError("its aliases stand for too much, or for themselves; write less")
+                return document
             case ".toml":
                 return tomllib.loads(text)
     except json.JSONDecodeError as error:
@@ -367,10 +372,23 @@ def _parse(path: Path) -> Any:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ConfigError(f"{path}, line {line}: {printable(error.problem or 'not valid YAML')}") from None
     except (yaml.YAMLError, tomllib.TOMLDecodeError, ValueError) as error:
-        raise ConfigError(f"{path}: {printable(error)}") from None
+        long = "set_int_max_str_digits" in str(error)  # advice for programmers
+        problem = "a number has too many digits; write a smaller one" if long else printable(error)
+        raise ConfigError(f"{path}: {problem}") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply to be a config") from None
     raise ConfigError(f"{path}: a config is a .json, .yaml, .yml or .toml file")
+
+
+def _size(value: Any, sizes: dict[int, float]) -> float:
+    """How many values are in one, an alias counted as what it stands for; infinite for one in itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in sizes:
+        sizes[id(value)] = math.inf
+        children = value.values() if isinstance(value, dict) else value
+        sizes[id(value)] = 1 + sum(_size(child, sizes) for child in children)
+    return sizes[id(value)]
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -424,7 +442,8 @@ def _expand(path: Path, value: Any, missing_env: str, key: str = "") -> Any:
                 if missing_env == "keep":
                     return found[0]
                 raise ConfigError(
-                    f"{path}: {key}: the variable {found[1]} is not set; run: export {found[1]}=..."
+                    f"{path}: {printable(key)}: the variable {found[1]} is not set; "
+                    f"run: export {found[1]}=..."
                 )
 
             return ENV_VARIABLE.sub(variable, value)
@@ -435,7 +454,7 @@ def _expand(path: Path, value: Any, missing_env: str, key: str = "") -> Any:
         case list():
             return [_expand(path, v, missing_env, f"{key}[{i}]") for i, v in enumerate(value)]
         case float() if not math.isfinite(value):
-            raise ConfigError(f"{path}: {key}: {value} is not a usable number")
+            raise ConfigError(f"{path}: {printable(key)}: {value} is not a usable number")
     return value
 
 
