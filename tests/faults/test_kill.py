@@ -1,0 +1,176 @@
+"""`kill -9` at any instant loses no answer, asks none twice, and leaves a store that can be read.
+
+Each of several stores is killed again and again, at one call or another of its runs and at times by the
+clock, and then comes to its end. `pytest -rP tests/faults/test_kill.py` prints how often each call was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
+from pathlib import Path
+from random import Random
+
+import polars as pl
+import pytest
+from faulty_runs import Fault, Job, check_finished, check_whole, contents, finish, write_config
+
+from hallubench.store import answered_ids
+
+SEED = 20261123
+KILLS = 200
+KILLS_OF_A_STORE = 20
+PROMPTS = 100
+CLOCK = "the clock"
+LATEST = 1.5
+"""Seconds after its start at which the clock may kill a run: about as long as a whole one takes."""
+
+# The calls that are killed, with a number that each run reaches: the n-th one is killed, n drawn up to it.
+FIRST = {"mkdir folder": 2}
+RUN = {
+    "import": 700,
+    "lock": 1,
+    "fsync record": 1,
+    "replace record": 1,
+    "write_table part": 6,
+    "close part": 6,
+    "fsync part": 6,
+    "rename part": 6,
+    "fsync folder": 6,
+    "write_table merged": 2,
+    "close merged": 2,
+    "fsync merged": 2,
+    "rename merged": 2,
+    "unlink part": 4,
+    CLOCK: 3,
+}
+END = {
+    "fsync record": 2,
+    "replace record": 2,
+    "final write_table merged": 2,
+    "final close merged": 2,
+    "final fsync merged": 2,
+    "final rename merged": 2,
+    "final unlink part": 2,
+    "final fsync folder": 2,
+}
+EXPORT = {"fsync export": 2, "unlink export": 2, "replace export": 2}
+
+
+def draw(random: Random, calls: dict[str, int]) -> Iterator[Fault]:
+    """Faults without an end: every one comes once before any comes again."""
+    points = [(when, call) for call in calls for when in ("before", "after") if (when, call) != ("after", "import")]
+    random.shuffle(points)
+    for when, call in cycle(points):
+        yield Fault(when, call, random.randint(1, calls[call]))
+
+
+def make_plan(random: Random) -> list[list[Fault]]:
+    """The kills of each store, in the order in which a run comes to them."""
+    first, run, end, export = (draw(random, calls) for calls in (FIRST, RUN, END, EXPORT))
+    return [
+        [next(first), *(next(run) for _ in range(12)), *(next(end) for _ in range(4)), *(next(export) for _ in range(3))]
+        for _ in range(KILLS // KILLS_OF_A_STORE)
+    ]
+
+
+class Victim:
+    """One store, killed at all that its plan names."""
+
+    def __init__(self, folder: Path, number: int, plan: list[Fault]) -> None:
+        self.job = Job(folder, folder / f"store-{number}")
+        self.killed: Counter[str] = Counter()
+        self._plan = plan
+        self._random = Random(SEED + number)
+        self._flushed: set[str] = set()
+
+    def live(self) -> None:
+        """Be killed again and again, then go on to the end.
+
+        Raises:
+            AssertionError: an answer was lost, doubled or asked for again; a note says after which kill.
+        """
+        exports = False
+        try:
+            for fault in self._plan:
+                if not exports and fault.call in EXPORT:
+                    self._finish()
+                    self._export()
+                    exports = True
+                while not self._kill(fault):
+                    fault = fault._replace(number=1)
+            self._export()
+        except AssertionError as error:
+            error.add_note(f"{self.job.output.name}, run {self.job.runs}, seed {SEED}: {self.job.log.fault}")
+            raise
+
+    def _kill(self, fault: Fault) -> bool:
+        """Run until the fault; false if the run ended before it came to it."""
+        before = answered_ids(self.job.output)
+        if fault.call in EXPORT:
+            process = self.job.start(*self._export_command, fault=fault)
+        else:
+            process = self.job.start(fault=None if fault.call == CLOCK else fault)
+        try:
+            _, stderr = process.communicate(timeout=self._random.uniform(0, LATEST) if fault.call == CLOCK else 60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            _, stderr = process.communicate()
+        log = self.job.log
+        assert process.returncode in (0, -9), stderr
+        assert before.isdisjoint(log.asked), "an answer that was there is asked for again"
+        self._flushed |= log.flushed
+        check_whole(self.job.output, self._flushed)
+        if fault.call in EXPORT:
+            check_no_result_twice(self.job.output / "export")
+        killed = process.returncode == -9
+        self.killed[f"{fault.when} {fault.call}" if fault.call != CLOCK else CLOCK] += killed
+        return killed
+
+    def _finish(self) -> None:
+        before = answered_ids(self.job.output)
+        finish(self.job.start())
+        assert before.isdisjoint(self.job.log.asked), "an answer that was there is asked for again"
+        check_finished(self.job.output)
+
+    def _export(self) -> None:
+        finish(self.job.start(*self._export_command))
+        exported = check_no_result_twice(self.job.output / "export")
+        assert exported == set(contents(self.job.output)["request_id"])
+
+    @property
+    def _export_command(self) -> tuple[str, ...]:
+        return ("export-json", str(self.job.output), "--layout", "per-model")
+
+
+def check_no_result_twice(folder: Path) -> set[str]:
+    """The requests whose results the files of a folder hold, each once."""
+    ids = [
+        result["request_id"]
+        for path in folder.rglob("pilot_*.json")
+        for run in json.loads(path.read_text())["runs"]
+        for result in run["results"]
+    ]
+    assert len(set(ids)) == len(ids), "a result is there twice"
+    return set(ids)
+
+
+@pytest.mark.slow
+def test_whatever_is_killed_ends_with_what_an_undisturbed_run_gives(tmp_path: Path) -> None:
+    write_config(tmp_path, prompts=PROMPTS)
+    alone = Job(tmp_path, tmp_path / "alone")
+    finish(alone.start())
+    undisturbed = contents(alone.output)
+    assert undisturbed.height == 3 * PROMPTS
+    victims = [Victim(tmp_path, *one) for one in enumerate(make_plan(Random(SEED)))]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        for victim in threads.map(lambda victim: victim.live() or victim, victims):
+            assert contents(victim.job.output).equals(undisturbed), f"{victim.job.output.name}, seed {SEED}"
+    killed = sum((victim.killed for victim in victims), Counter())
+    print(f"{killed.total()} kills:", *(f"{count:4} {call}" for call, count in sorted(killed.items())), sep="\n")
+    assert killed.total() >= KILLS
