@@ -3,12 +3,12 @@
     python driver.py '{"log": "x.log", "fault": ["before", "rename part", 3, "SIGKILL"]}' generate --config ...
 
 The calls that matter to a store are wrapped in this process and counted by name. A name is the call and what
-it is done to: "rename part", "fsync merged", "replace record", and with "final" before it once the end of the
-run compacts. At the n-th such call, before or after it, the process sends itself a signal, or the call fails
+it is done to: "rename part", "fsync merged", "replace record", and with "final" before it once all answers of the
+run are written. At the n-th such call, before or after it, the process sends itself a signal, or the call fails
 with an error (also each one after it; with "once" behind the error's name only that one).
 
 The log has a line for each request drawn by the provider (`asked`) and for each answer whose part is written
-(`flushed`), one for the call that went wrong (`fault`) and one for the begin of compaction (`final`). It is
+(`flushed`), one for the call that went wrong (`fault`) and one when all answers are written (`final`). It is
 written with one system call a line, which SIGKILL cannot undo.
 
 Flushes and merges come much more often than in a real run, so that a short one has many of them.
@@ -22,7 +22,6 @@ import json
 import os
 import signal
 import sys
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from functools import wraps
 from importlib.abc import MetaPathFinder
@@ -33,11 +32,11 @@ from typing import Any
 class Driver:
     """Counts calls, and makes the chosen one go wrong."""
 
-    def __init__(self, log: str, fault: tuple[str, str, int, str] | None = None, small_parts: int = 3) -> None:
+    def __init__(self, log: str, fault: list[Any] | None = None, small_parts: int = 3) -> None:
         self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self._fault = fault
         self._small_parts = small_parts
-        self._counts: Counter[tuple[str, str]] = Counter()
+        self._count = 0
         self._final = ""
         self._written = ""
         self._store_is_wrapped = False
@@ -47,11 +46,11 @@ class Driver:
 
     def passes(self, when: str, call: str) -> None:
         """Somewhere in a run: what is planned for this call happens."""
-        if self._fault is None or (when, self._final + call) != self._fault[:2]:
+        if self._fault is None or [when, self._final + call] != self._fault[:2]:
             return
         *_, number, act = self._fault
-        self._counts[when, call] += 1
-        count = self._counts[when, call]
+        self._count += 1
+        count = self._count
         name, _, once = act.partition(" ")
         if count == number or (count > number and name.startswith("E") and not once):
             self.log("fault", when, self._final + call)
@@ -115,8 +114,7 @@ class Driver:
         for call in ("write_table", "close"):
             wrapped = self.wrapped(getattr(pq.ParquetWriter, call), lambda *_, c=call: f"{c} {self._written}")
             setattr(pq.ParquetWriter, call, wrapped)
-        write_part, leave = store.write_part, store.Store.__exit__
-        generate = EchoProvider.generate
+        write_part, close, generate = store.write_part, writer.Writer.__aexit__, EchoProvider.generate
 
         def write(path: Path, tables: Iterable[Any], replaces: Any = ()) -> None:
             self._written = _kind(path) or ""
@@ -127,10 +125,10 @@ class Driver:
                         if not error.is_valid:
                             self.log("flushed", id_)
 
-        def end(self_: Any, *arguments: Any) -> None:
+        async def end(self_: Any, *arguments: Any) -> None:
+            await close(self_, *arguments)
             self._final = "final "
             self.log("final")
-            leave(self_, *arguments)
 
         def drawn(requests: Iterable[Any]) -> Iterator[Any]:
             for request in requests:
@@ -141,7 +139,8 @@ class Driver:
             async for completion in generate(self_, drawn(requests)):
                 yield completion
 
-        store.write_part, store.Store.__exit__ = write, end  # type: ignore[method-assign]
+        store.write_part = write
+        writer.Writer.__aexit__ = end  # type: ignore[method-assign]
         EchoProvider.generate = answer  # type: ignore[assignment, method-assign]
 
 
