@@ -82,22 +82,22 @@ def generate(path: Path, resume: bool, fresh: bool, dry_run: bool, **overrides: 
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     if resume and fresh:
         raise click.UsageError("--resume and --fresh contradict each other; give one of them")
-    config = _load(path, missing_env="keep" if dry_run else "error", **overrides)
-    if dry_run:
-        from hallubench.dry_run import plan_lines
-
-        for line in plan_lines(config, fresh=fresh):
-            click.echo(line)
-        return
-    from hallubench.generate import run
-    from hallubench.progress import display
-
     terminated = _end_cleanly_on_sigterm()
     try:
+        config = _load(path, missing_env="keep" if dry_run else "error", **overrides)
+        if dry_run:
+            from hallubench.dry_run import plan_lines
+
+            for line in plan_lines(config, fresh=fresh):
+                click.echo(line)
+            return
+        from hallubench.generate import run
+        from hallubench.progress import display
+
         result = run(config, fresh=fresh, display=display())
+        _echo_result(result)
     except KeyboardInterrupt:  # before anything was asked, or once more while the last rows were written
         _end_interrupted(terminated)
-    _echo_result(result)
     if result.interrupted:
         _end_interrupted(terminated)
     if result.problems:

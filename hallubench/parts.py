@@ -172,8 +172,9 @@ def write_part(path: Path, tables: Iterable[pa.Table], replaces: Sequence[Path] 
         temporary.rename(path)
         _sync_folder(path.parent)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        for remains in (temporary, path):  # a part whose name did not reach the disk is written again too
+            with suppress(OSError):
+                remains.unlink(missing_ok=True)
         remedy = "make room" if error.errno in _NO_ROOM else "make it writable"
         problem = printable(error.strerror or error)
         raise DiskError(

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any, Literal
 import hallubench
 from hallubench.config import Config
 from hallubench.errors import DiskError
+from hallubench.text import printable
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
@@ -76,9 +78,11 @@ class RunRecord:
                 os.fsync(file.fileno())
             temporary.replace(self._path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise DiskError(
-                f"{self._path}: cannot be written: {error.strerror}; make room and run again"
+                f"{printable(self._path)}: cannot be written: {error.strerror}; "
+                "make room or make it writable, then run again"
             ) from None
 
 

@@ -177,3 +177,53 @@ def test_whatever_is_killed_ends_with_what_an_undisturbed_run_gives(tmp_path: Pa
     killed = sum((victim.killed for victim in victims), Counter())
     print(f"{killed.total()} kills:", *(f"{count:4} {call}" for call, count in sorted(killed.items())), sep="\n")
     assert killed.total() >= KILLS
+
+
+def test_what_a_killed_compaction_left_is_done_by_a_run_with_nothing_left_to_ask(tmp_path: Path) -> None:
+    write_config(tmp_path, prompts=8, engine={"delay": 0.003})
+    job = Job(tmp_path, tmp_path / "out")
+    job.start(fault=Fault("after", "final rename merged", 1)).communicate(timeout=60)
+    assert job.log.fault is not None
+    check_whole(job.output, job.log.flushed)
+    stdout, _ = finish(job.start())
+    assert stdout.startswith("Nothing left to ask: all 24 requests are answered")
+    check_finished(job.output)
+    assert pl.read_parquet(f"{job.output}/**/*.parquet")["request_id"].n_unique() == 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("act", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_at_any_instant_ends_cleanly_and_prints_how_to_go_on(
+    tmp_path: Path, act: str, code: int
+) -> None:
+    write_config(tmp_path, prompts=20, engine={"delay": 0.01})
+    instants = [
+        Fault("before", "import", 50, act),  # hallubench.cli has been imported
+        Fault("before", "import", 400, act),
+        Fault("after", "lock", 1, act),
+        Fault("before", "fsync record", 1, act),
+        Fault("before", "write_table part", 1, act),
+        Fault("after", "rename part", 3, act),
+        Fault("before", "rename merged", 1, act),
+        Fault("before", "final replace record", 1, act),
+        Fault("before", "final write_table merged", 1, act),
+        Fault("after", "final rename merged", 1, act),
+    ]
+    for number, fault in enumerate(instants):
+        job = Job(tmp_path, tmp_path / f"{act}-{number}")
+        process = job.start(fault=fault)
+        _, stderr = process.communicate(timeout=60)
+        assert job.log.fault is not None
+        assert "Traceback" not in stderr, (fault, stderr)
+        answered = answered_ids(job.output)
+        check_whole(job.output, job.log.flushed)
+        print(fault, process.returncode, len(answered), stderr)
+        if process.returncode:
+            assert process.returncode == code, (fault, process.returncode, stderr)
+            assert stderr.endswith(f"\n  hallubench {' '.join(job.generate)}\n"), (fault, stderr)
+        else:  # all was answered when the signal came
+            assert len(answered) == 60, fault
+        finish(job.start())
+        assert answered.isdisjoint(job.log.asked)
+        assert len(answered_ids(job.output)) == 60
+        check_finished(job.output)
