@@ -175,14 +175,19 @@ def write_part(path: Path, tables: Iterable[pa.Table], replaces: Sequence[Path] 
         for remains in (temporary, path):  # a part whose name did not reach the disk is written again too
             with suppress(OSError):
                 remains.unlink(missing_ok=True)
-        remedy = "make room" if error.errno in _NO_ROOM else "make it writable"
+        remedy = _REMEDIES.get(error.errno, "make it writable")
         problem = printable(error.strerror or error)
         raise DiskError(
             f"{printable(path.parent)}: cannot be written: {problem}; {remedy}, then run again"
         ) from error
 
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REMEDIES: dict[int | None, str] = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "make room",
+    errno.EIO: "check the disk",
+}
 
 
 def _metadata(path: Path) -> dict[bytes, bytes]:

@@ -22,6 +22,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from functools import wraps
 from importlib.abc import MetaPathFinder
@@ -55,7 +56,8 @@ class Driver:
         if count == number or (count > number and name.startswith("E") and not once):
             self.log("fault", when, self._final + call)
             if name.startswith("SIG"):
-                os.kill(os.getpid(), signal.Signals[name])
+                # To this thread, or it might go on for a moment.
+                signal.pthread_kill(threading.get_ident(), signal.Signals[name])
             else:
                 code = getattr(errno, name)
                 raise OSError(code, os.strerror(code))
@@ -80,6 +82,9 @@ class Driver:
         for call in ("rename", "replace", "unlink", "mkdir"):
             original = getattr(Path, call)
             setattr(Path, call, self.wrapped(original, lambda path, *_, call=call: _named(call, path)))
+        Path.open = self.wrapped(  # type: ignore[method-assign]
+            Path.open, lambda path, mode="r", *_: _named("open", path) if mode[0] in "wx" else None
+        )
         os.fsync = self.wrapped(
             os.fsync, lambda descriptor: _named("fsync", Path(f"/proc/self/fd/{descriptor}").readlink())
         )

@@ -129,3 +129,15 @@ def check_finished(folder: Path) -> None:
 def contents(folder: Path) -> pl.DataFrame:
     """All that a store holds, without what belongs to the single run."""
     return scan(folder).drop(OF_THIS_RUN).sort("request_id").collect()
+
+
+def exported_ids(folder: Path) -> set[str]:
+    """The requests whose results the exported files of a folder hold, each once."""
+    ids = [
+        result["request_id"]
+        for path in folder.rglob("pilot_*.json")
+        for run in json.loads(path.read_text())["runs"]
+        for result in run["results"]
+    ]
+    assert len(set(ids)) == len(ids), "a result is there twice"
+    return set(ids)

@@ -6,7 +6,6 @@ clock, and then comes to its end. `pytest -rP tests/faults/test_kill.py` prints 
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections import Counter
@@ -18,7 +17,7 @@ from random import Random
 
 import polars as pl
 import pytest
-from faulty_runs import Fault, Job, check_finished, check_whole, contents, finish, write_config
+from faulty_runs import Fault, Job, check_finished, check_whole, contents, exported_ids, finish, write_config
 
 from hallubench.store import answered_ids
 
@@ -130,7 +129,7 @@ class Victim:
         self._flushed |= log.flushed
         check_whole(self.job.output, self._flushed)
         if fault.call in EXPORT:
-            check_no_result_twice(self.job.output / "export")
+            exported_ids(self.job.output / "export")
         killed = process.returncode == -9
         self.killed[f"{fault.when} {fault.call}" if fault.call != CLOCK else CLOCK] += killed
         return killed
@@ -143,24 +142,12 @@ class Victim:
 
     def _export(self) -> None:
         finish(self.job.start(*self._export_command))
-        exported = check_no_result_twice(self.job.output / "export")
+        exported = exported_ids(self.job.output / "export")
         assert exported == set(contents(self.job.output)["request_id"])
 
     @property
     def _export_command(self) -> tuple[str, ...]:
         return ("export-json", str(self.job.output), "--layout", "per-model")
-
-
-def check_no_result_twice(folder: Path) -> set[str]:
-    """The requests whose results the files of a folder hold, each once."""
-    ids = [
-        result["request_id"]
-        for path in folder.rglob("pilot_*.json")
-        for run in json.loads(path.read_text())["runs"]
-        for result in run["results"]
-    ]
-    assert len(set(ids)) == len(ids), "a result is there twice"
-    return set(ids)
 
 
 @pytest.mark.slow
@@ -196,17 +183,13 @@ def test_what_a_killed_compaction_left_is_done_by_a_run_with_nothing_left_to_ask
 def test_a_signal_at_any_instant_ends_cleanly_and_prints_how_to_go_on(
     tmp_path: Path, act: str, code: int
 ) -> None:
-    write_config(tmp_path, prompts=20, engine={"delay": 0.01})
+    write_config(tmp_path, prompts=10, engine={"delay": 0.01})
     instants = [
-        Fault("before", "import", 50, act),  # hallubench.cli has been imported
         Fault("before", "import", 400, act),
-        Fault("after", "lock", 1, act),
         Fault("before", "fsync record", 1, act),
         Fault("before", "write_table part", 1, act),
-        Fault("after", "rename part", 3, act),
         Fault("before", "rename merged", 1, act),
         Fault("before", "final replace record", 1, act),
-        Fault("before", "final write_table merged", 1, act),
         Fault("after", "final rename merged", 1, act),
     ]
     for number, fault in enumerate(instants):
@@ -217,13 +200,12 @@ def test_a_signal_at_any_instant_ends_cleanly_and_prints_how_to_go_on(
         assert "Traceback" not in stderr, (fault, stderr)
         answered = answered_ids(job.output)
         check_whole(job.output, job.log.flushed)
-        print(fault, process.returncode, len(answered), stderr)
         if process.returncode:
             assert process.returncode == code, (fault, process.returncode, stderr)
             assert stderr.endswith(f"\n  hallubench {' '.join(job.generate)}\n"), (fault, stderr)
         else:  # all was answered when the signal came
-            assert len(answered) == 60, fault
+            assert len(answered) == 30, fault
         finish(job.start())
         assert answered.isdisjoint(job.log.asked)
-        assert len(answered_ids(job.output)) == 60
+        assert len(answered_ids(job.output)) == 30
         check_finished(job.output)
