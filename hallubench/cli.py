@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -40,6 +41,9 @@ class _Main(click.Group):
 @click.version_option(package_name="hallubench")
 def main(debug: bool) -> None:
     """Batch inference for hallucination research: every answer with its log-probabilities, in Parquet."""
+    # A long run has thousands of files, and what reads them meanwhile holds them open.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2**16)), hard))
 
 
 def _config_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import re
+import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -43,8 +44,6 @@ LONGEST_FOLDER_NAME = 200
 NULL_TO_HIVE = "__HIVE_DEFAULT_PARTITION__"
 ROW_GROUP_BYTES = 32 * 2**20
 """Of a row group in memory."""
-MOST_HELD_OPEN = 256
-"""A process may have about 1,000 files open."""
 
 
 def model_folder(model: str) -> str:
@@ -90,17 +89,18 @@ def held_parts(model_dir: Path) -> Iterator[list[Source]]:
     """The parts of a model's folder that count, for a reader that is not the folder's writer.
 
     They are held open: the writer may merge them at any time, and an open file can be read although it is
-    removed. Of a folder with more than `MOST_HELD_OPEN` parts the paths are given instead.
+    removed. Of a folder with more than `most_held_open` parts the paths are given instead.
 
     Raises:
-        StoreError: a merged part is damaged, or not ours.
+        StoreError: a merged part is damaged, or not ours; or the parts were not held open, and were merged
+            before they were read.
     """
     while True:
         with ExitStack() as files:
             found = part_paths(model_dir)
             try:
                 paths = live_parts(model_dir)
-                hold = len(paths) <= MOST_HELD_OPEN
+                hold = len(paths) <= most_held_open()
                 sources: list[Source] = [
                     files.enter_context(path.open("rb")) if hold else path for path in paths
                 ]
@@ -108,8 +108,16 @@ def held_parts(model_dir: Path) -> Iterator[list[Source]]:
                 continue  # merged since it was found
             # A listing made while files go can miss those that take their place.
             if set(found) <= set(part_paths(model_dir)):
-                yield sources
+                try:
+                    yield sources
+                except FileNotFoundError:
+                    raise StoreError(f"{printable(model_dir)}: a run merged its parts; read again") from None
                 return
+
+
+def most_held_open() -> int:
+    """Parts that a reader may hold open: a quarter of the files that its process may have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
 
 
 def scan_parts(sources: Sequence[Source]) -> pl.LazyFrame:

@@ -23,7 +23,6 @@ import pyarrow as pa
 from hallubench.errors import DiskError, StoreError
 from hallubench.lock import lock_folder
 from hallubench.parts import (
-    MOST_HELD_OPEN,
     PART_NAME,
     Source,
     check_part,
@@ -31,6 +30,7 @@ from hallubench.parts import (
     live_parts,
     model_folder,
     model_folders,
+    most_held_open,
     part_paths,
     remove_remains,
     scan_parts,
@@ -197,7 +197,7 @@ def scan(folder: str | Path) -> pl.LazyFrame:
     folder = Path(folder)
     check_ours(folder)
     frames = []
-    room = MOST_HELD_OPEN
+    room = most_held_open()
     for model_dir in model_folders(folder):
         with held_parts(model_dir) as parts:
             room -= len(parts)

@@ -1,11 +1,11 @@
 """Runs hallubench so that one chosen call in it goes wrong.
 
-    python driver.py '{"log": "x.log", "fault": ["before", "rename part", 3, "SIGKILL"]}' generate --config ...
+    python driver.py '{"log": "x.log", "fault": ["before", "rename part", 3, "SIGKILL"]}' generate ...
 
 The calls that matter to a store are wrapped in this process and counted by name. A name is the call and what
-it is done to: "rename part", "fsync merged", "replace record", and with "final" before it once all answers of the
-run are written. At the n-th such call, before or after it, the process sends itself a signal, or the call fails
-with an error (also each one after it; with "once" behind the error's name only that one).
+it is done to: "rename part", "fsync merged", "replace record", and with "final" before it once all answers
+of the run are written. At the n-th such call, before or after it, the process sends itself a signal, or the
+call fails with an error: also each one after it or, with "once" behind the error's name, only that one.
 
 The log has a line for each request drawn by the provider (`asked`) and for each answer whose part is written
 (`flushed`), one for the call that went wrong (`fault`) and one when all answers are written (`final`). It is
@@ -110,7 +110,7 @@ class Driver:
         self._store_is_wrapped = True
         import pyarrow.parquet as pq
 
-        from hallubench import store, writer
+        from hallubench import parts, store, writer
         from hallubench.providers.echo import EchoProvider
 
         store.FLUSH_SECONDS = 0.0
@@ -119,7 +119,7 @@ class Driver:
         for call in ("write_table", "close"):
             wrapped = self.wrapped(getattr(pq.ParquetWriter, call), lambda *_, c=call: f"{c} {self._written}")
             setattr(pq.ParquetWriter, call, wrapped)
-        write_part, close, generate = store.write_part, writer.Writer.__aexit__, EchoProvider.generate
+        write_part, close, generate = parts.write_part, writer.Writer.__aexit__, EchoProvider.generate
 
         def write(path: Path, tables: Iterable[Any], replaces: Any = ()) -> None:
             self._written = _kind(path) or ""
@@ -144,8 +144,8 @@ class Driver:
             async for completion in generate(self_, drawn(requests)):
                 yield completion
 
-        store.write_part = write
-        writer.Writer.__aexit__ = end  # type: ignore[method-assign]
+        store.write_part = write  # type: ignore[attr-defined]
+        writer.Writer.__aexit__ = end  # type: ignore[method-assign, assignment]
         EchoProvider.generate = answer  # type: ignore[assignment, method-assign]
 
 

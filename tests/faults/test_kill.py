@@ -1,7 +1,7 @@
 """`kill -9` at any instant loses no answer, asks none twice, and leaves a store that can be read.
 
 Each of several stores is killed again and again, at one call or another of its runs and at times by the
-clock, and then comes to its end. `pytest -rP tests/faults/test_kill.py` prints how often each call was killed.
+clock, and then comes to its end. `pytest -rP tests/faults/test_kill.py` prints how often each was killed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ EXPORT = {"fsync export": 2, "unlink export": 2, "replace export": 2}
 
 def draw(random: Random, calls: dict[str, int]) -> Iterator[Fault]:
     """Faults without an end: every one comes once before any comes again."""
-    points = [(when, call) for call in calls for when in ("before", "after") if (when, call) != ("after", "import")]
+    points = [
+        (when, call) for call in calls for when in ("before", "after") if (when, call) != ("after", "import")
+    ]
     random.shuffle(points)
     for when, call in cycle(points):
         yield Fault(when, call, random.randint(1, calls[call]))
@@ -73,7 +75,12 @@ def make_plan(random: Random) -> list[list[Fault]]:
     """The kills of each store, in the order in which a run comes to them."""
     first, run, end, export = (draw(random, calls) for calls in (FIRST, RUN, END, EXPORT))
     return [
-        [next(first), *(next(run) for _ in range(12)), *(next(end) for _ in range(4)), *(next(export) for _ in range(3))]
+        [
+            next(first),
+            *(next(run) for _ in range(12)),
+            *(next(end) for _ in range(4)),
+            *(next(export) for _ in range(3)),
+        ]
         for _ in range(KILLS // KILLS_OF_A_STORE)
     ]
 
@@ -119,7 +126,9 @@ class Victim:
         else:
             process = self.job.start(fault=None if fault.call == CLOCK else fault)
         try:
-            _, stderr = process.communicate(timeout=self._random.uniform(0, LATEST) if fault.call == CLOCK else 60)
+            _, stderr = process.communicate(
+                timeout=self._random.uniform(0, LATEST) if fault.call == CLOCK else 60
+            )
         except subprocess.TimeoutExpired:
             process.kill()
             _, stderr = process.communicate()
@@ -162,7 +171,9 @@ def test_whatever_is_killed_ends_with_what_an_undisturbed_run_gives(tmp_path: Pa
         for victim in threads.map(lambda victim: victim.live() or victim, victims):
             assert contents(victim.job.output).equals(undisturbed), f"{victim.job.output.name}, seed {SEED}"
     killed = sum((victim.killed for victim in victims), Counter())
-    print(f"{killed.total()} kills:", *(f"{count:4} {call}" for call, count in sorted(killed.items())), sep="\n")
+    print(
+        f"{killed.total()} kills:", *(f"{count:4} {call}" for call, count in sorted(killed.items())), sep="\n"
+    )
     assert killed.total() >= KILLS
 
 
