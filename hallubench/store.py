@@ -2,8 +2,10 @@
 
 The row of a request that counts is its answer or, while it has none, its newest error.
 
-At every instant `polars.scan_parquet("OUTPUT/**/*.parquet", hive_partitioning=True)` can be read. What
-was flushed survives `kill -9`. One writer at a time, by a lock that dies with its process.
+At every instant every file of `polars.scan_parquet("OUTPUT/**/*.parquet", hive_partitioning=True)` is whole
+and no answer is missing; only while parts are merged, a row can be there twice, or a file be gone between
+listing and reading. `scan` has neither. What was flushed survives `kill -9`. One writer at a time, by a lock
+that dies with its process.
 """
 
 from __future__ import annotations

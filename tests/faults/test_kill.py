@@ -11,7 +11,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from random import Random
 
@@ -46,7 +46,6 @@ RUN = {
     "fsync merged": 2,
     "rename merged": 2,
     "unlink part": 4,
-    CLOCK: 3,
 }
 END = {
     "final fsync record": 1,
@@ -74,15 +73,12 @@ def draw(random: Random, calls: dict[str, int]) -> Iterator[Fault]:
 def make_plan(random: Random) -> list[list[Fault]]:
     """The kills of each store, in the order in which a run comes to them."""
     first, run, end, export = (draw(random, calls) for calls in (FIRST, RUN, END, EXPORT))
-    return [
-        [
-            next(first),
-            *(next(run) for _ in range(12)),
-            *(next(end) for _ in range(4)),
-            *(next(export) for _ in range(3)),
-        ]
-        for _ in range(KILLS // KILLS_OF_A_STORE)
-    ]
+    plan = []
+    for _ in range(KILLS // KILLS_OF_A_STORE):
+        middle = [*islice(run, 8), *[Fault("at", CLOCK, 1)] * 4]
+        random.shuffle(middle)
+        plan.append([next(first), *middle, *islice(end, 4), *islice(export, 3)])
+    return plan
 
 
 class Victim:
@@ -140,7 +136,7 @@ class Victim:
         if fault.call in EXPORT:
             exported_ids(self.job.output / "export")
         killed = process.returncode == -9
-        self.killed[f"{fault.when} {fault.call}" if fault.call != CLOCK else CLOCK] += killed
+        self.killed[f"{fault.when} {fault.call}"] += killed
         return killed
 
     def _finish(self) -> None:
