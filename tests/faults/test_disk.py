@@ -16,6 +16,8 @@ from faulty_runs import Fault, Job, check_finished, check_whole, contents, expor
 
 from hallubench.store import answered_ids
 
+pytestmark = pytest.mark.slow  # each starts several processes
+
 
 class Disk:
     """A small file system in memory."""

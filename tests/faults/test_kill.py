@@ -110,7 +110,7 @@ class Victim:
                 else:
                     raise AssertionError(f"no run came to {fault}")
             self._export()
-        except AssertionError as error:
+        except Exception as error:
             error.add_note(f"{self.job.output.name}, run {self.job.runs}, seed {SEED}: {self.job.log.fault}")
             raise
 
