@@ -142,6 +142,25 @@ def export_json(folder: Path, layout: Any, logprob_tokens: str, output: Path | N
         click.echo(printable(file, longest=5000))
 
 
+@main.command("import-json")
+@click.argument("files", type=FOLDER, nargs=-1, required=True, metavar="FILE...")
+@click.option("--output", type=FOLDER, required=True, metavar="DIR", help="The store; made if there is none.")
+@click.option("--prompts", type=FOLDER, metavar="FILE", help="The prompts that were asked.")
+def import_json(files: tuple[Path, ...], output: Path, prompts: Path | None) -> None:
+    """Put the results of legacy JSON FILEs into a store, each once.
+
+    Reads what `run_pilot.py` and `export-json` write, in every layout.
+    """
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # see `generate`
+    from datetime import UTC, datetime
+
+    from hallubench.import_legacy import import_json as import_
+    from hallubench.import_legacy import import_lines
+
+    for line in import_lines(import_(files, output, prompts=prompts, now=datetime.now(UTC)), output):
+        click.echo(line)
+
+
 @main.command()
 @click.argument("folder", type=FOLDER)
 def status(folder: Path) -> None:
@@ -149,6 +168,59 @@ def status(folder: Path) -> None:
     from hallubench.status import status_lines
 
     for line in status_lines(folder):
+        click.echo(line)
+
+
+@main.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--repair", is_flag=True, help="Mend what is wrong; originals are kept beside FOLDER.")
+def verify(folder: Path, repair: bool) -> None:
+    """Read all of the store in FOLDER, and say what is wrong and what a repair would do.
+
+    The exit code is 1 if something is.
+    """
+    from datetime import UTC, datetime
+
+    from hallubench.findings import report_lines
+
+    if repair:
+        from hallubench.repair import repair as mend
+
+        found, report, aside = mend(folder, datetime.now(UTC))
+    else:
+        from hallubench.verify import verify as inspect
+
+        report = inspect(folder)
+        found, aside = report.findings, None
+    for line in report_lines(folder, found, report, repaired=repair):
+        click.echo(line)
+    if aside is not None:
+        click.echo(f"Originals: {printable(aside, longest=1000)}")
+    if report.faults:
+        raise SystemExit(1)
+
+
+@main.command()
+@click.argument("folder", type=FOLDER)
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    metavar="N",
+    help="Answers to ask again.",
+)
+@click.option("--seed", type=int, default=42, show_default=True, help="Which answers.")
+@click.option("--models", metavar="GLOB", help="Only the models whose name matches, such as 'Qwen/*'.")
+def reproduce(folder: Path, sample: int, seed: int, models: str | None) -> None:
+    """Ask some answers of local models in FOLDER again, alone and in a batch, and compare."""
+    from hallubench.reproduce import report_lines
+    from hallubench.reproduce import reproduce as ask_again
+
+    def notify(line: str) -> None:
+        click.echo(printable(line, longest=2000), err=True)
+
+    for line in report_lines(ask_again(folder, sample=sample, seed=seed, models=models, notify=notify)):
         click.echo(line)
 
 

@@ -4,9 +4,11 @@
     ├── InputError            the user's files or options are wrong          exit code 2
     │   ├── ConfigError       ... the config
     │   ├── PromptError       ... the prompts file
+    │   ├── ResultError       ... a file of results to import
     │   └── StoreError        ... the output folder
     └── RunError              the run could not finish                       exit code 1
         ├── LaneError         ... one lane stopped; its requests stay pending
+        │   └── EngineDied    ... its engine did; another one may go on
         └── DiskError         ... answers can no longer be written
 
 Every message is one line that names the file, key or line, and the fix. Exceptions of SDKs and of
@@ -34,6 +36,10 @@ class PromptError(InputError):
     """The prompts file cannot be read, or one of its prompts cannot be asked."""
 
 
+class ResultError(InputError):
+    """A file of results cannot be read, or holds what is no result; nothing was imported."""
+
+
 class StoreError(InputError):
     """The output folder cannot be used: not ours, not writable, or another run writes it."""
 
@@ -44,6 +50,10 @@ class RunError(HallubenchError):
 
 class LaneError(RunError):
     """One lane cannot go on (bad key, unknown model, dead engine). Its open requests stay pending."""
+
+
+class EngineDied(LaneError):  # noqa: N818 - what happened says more than "EngineDeathError"
+    """A loaded engine died. A lane goes on with another one, once."""
 
 
 class DiskError(RunError):

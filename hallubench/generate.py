@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from hallubench.checks import require_ready
 from hallubench.config import Config
-from hallubench.errors import ConfigError, HallubenchError, LaneError
+from hallubench.errors import ConfigError, EngineDied, HallubenchError, LaneError
 from hallubench.plan import Group, Lane, Plan, Survey, make_plan
 from hallubench.prices import Purse, Spending
 from hallubench.progress import Display, Silent
@@ -82,12 +83,12 @@ def run(config: Config, *, fresh: bool = False, display: Display | None = None) 
             return Result(None, output, already_answered=survey.requests)
         require_ready([entry for entry, count in zip(config.models, survey.pending, strict=True) if count])
         with Store(output, run_id := new_run_id(datetime.now(UTC)), notify=shown.note) as store:
-            if fresh:
-                set_aside(output, {entry.name for entry in config.models}, datetime.now(UTC))
+            models = {entry.name for entry in config.models}
+            aside = set_aside(output, models, datetime.now(UTC)) if fresh else None
             now_answered = answered_ids(output)  # again, now that nobody else writes
             if now_answered != answered:
                 answered, survey = now_answered, plan.survey(now_answered)
-            generation = _Generation(plan, survey, store, run_id, answered, shown)
+            generation = _Generation(plan, survey, store, run_id, answered, shown, aside)
             with ThreadPoolExecutor(1, thread_name_prefix="hallubench") as thread:
                 ending = thread.submit(generation.run_until_complete)
                 while True:
@@ -124,6 +125,7 @@ class _Generation:
         run_id: str,
         answered: Container[str],
         display: Display,
+        set_aside: Path | None,
     ) -> None:
         self._plan = plan
         self._survey = survey
@@ -131,6 +133,7 @@ class _Generation:
         self._run_id = run_id
         self._answered = answered
         self._display = display
+        self._set_aside = set_aside
         open_ = sum(survey.pending)
         self._result = Result(run_id, store.folder, survey.requests - open_, pending=open_)
         self._loop = asyncio.new_event_loop()
@@ -157,6 +160,7 @@ class _Generation:
             self._run_id,
             self._plan.config,
             self._plan.prompts.facts() | {"count": self._survey.prompts},
+            set_aside=self._set_aside,
         )
         try:
             async with Writer(self._store) as self._writer:
@@ -214,12 +218,41 @@ class _Generation:
                 self._problem(lane, f"{group.name}: unexpected {words} (see {log})")
 
     async def _run_group(self, lane: Lane, group: Group, spending: Spending) -> None:
-        """One provider answers its share; each answer goes to the store as soon as it is whole."""
-        in_flight: dict[str, Request] = {}
+        """One provider answers its share; another one goes on if its engine dies."""
         requests = self._plan.requests(group, self._answered)
+        in_flight: dict[str, Request] = {}
+        try:
+            await self._ask(lane, group, spending, requests, in_flight)
+        except EngineDied as death:
+            if self._end_soon.is_set():
+                raise
+            self._display.note(f"{group.name}: {death}: loading it once more, to go on")
+            try:
+                await self._ask(lane, group, spending, requests, in_flight)
+            except EngineDied as error:
+                raise LaneError(f"{error}, for the second time; run again to go on") from error
+        if in_flight and not self._end_soon.is_set():
+            raise LaneError(
+                f"{group.name}: {len(in_flight)} requests got no completion; run again to ask them"
+            )
+        spending.check_finished()
+
+    async def _ask(
+        self,
+        lane: Lane,
+        group: Group,
+        spending: Spending,
+        requests: Iterator[Request],
+        in_flight: dict[str, Request],
+    ) -> None:
+        """Open the group's provider and put each answer into the store as soon as it is whole.
+
+        `in_flight` has the requests that were drawn and not answered: these are asked first.
+        """
+        again = iter(tuple(in_flight.values()))
 
         def draw() -> Iterator[Request]:
-            for request in spending.affordable(requests):
+            for request in chain(again, spending.affordable(requests)):
                 if self._end_soon.is_set():
                     return
                 in_flight[request.request_id] = request
@@ -236,20 +269,15 @@ class _Generation:
         )
         async with open_provider(group.entries[0].type, context) as provider:
             self._display.begin(lane.name)
-            while not in_flight:
+            while not self._end_soon.is_set():
                 async with aclosing(provider.generate(draw())) as completions:
                     async for completion in completions:
                         request = in_flight.pop(completion.request_id)
                         cost_usd = spending.settle(request, completion)
                         await self._writer.put(Row(self._run_id, request, completion, cost_usd))
                         self._count(lane, completion, cost_usd)
-                if not spending.can_go_on:
+                if in_flight or not spending.can_go_on:
                     break
-        if in_flight and not self._end_soon.is_set():
-            raise LaneError(
-                f"{group.name}: {len(in_flight)} requests got no completion; run again to ask them"
-            )
-        spending.check_finished()
 
     def _pending(self, lane: Lane, group: Group | None = None) -> int:
         groups = lane.groups if group is None else (group,)

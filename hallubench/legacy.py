@@ -13,9 +13,11 @@ A run is what one entry of the config asked. Runs are in config order, their res
      "sampling_params": {"temperature": 0.7, "seed": 42, "max_tokens": 2048},
      "timestamp": "2025-11-12T10:01:23.456789", "elapsed_seconds": 2.34, "run_id": "20251112-100057-a1b2c3",
      "prompt_category": "cve_existence", "is_synthetic_probe": false, "retry_count": 0,
-     "finish_reason": "stop", "logprobs_mode": "raw_logprobs", "sample_index": 0, "request_id": "5c0f..."}
+     "finish_reason": "stop", "logprobs_mode": "raw_logprobs", "provider": "vllm", "options": {"logprobs": 5},
+     "prompt_index": 0, "sample_index": 0, "request_id": "5c0f..."}
 
-The last line is new: facts that the legacy format had no place for. All times are UTC.
+The last two lines are new: facts that the legacy format had no place for, enough to import the results
+again as they were (`import_legacy.py`). All times are UTC.
 
 The annotation tools read every pilot_*.json of a folder and know a result by (prompt_id, model). So an
 export takes the place of earlier exports of the same store in its folder, and where a model was asked at
@@ -28,7 +30,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain, count
@@ -41,6 +43,7 @@ from pydantic import ValidationError
 from hallubench.config import PROVIDER_OF_TYPE, Config, ModelConfig
 from hallubench.errors import StoreError
 from hallubench.export_folder import PROGRAM, alone_in, earlier_exports, replace_exports
+from hallubench.plan import ANSWER_ARGUMENTS
 from hallubench.result_text import COLUMNS, result_text
 from hallubench.store import RUNS, iter_in_order, scan
 from hallubench.text import printable
@@ -110,6 +113,7 @@ def export_json(
         "layout": layout,
         "logprob_tokens": "all" if logprob_tokens is None else logprob_tokens,
         "run_ids": _run_ids(runs),
+        "entries": [{"settings": run.settings, "model_config": run.model_config} for run in runs],
     }
     head = {"exporter": exporter} | metadata
     target = folder / "export" / layout if output is None else output
@@ -149,23 +153,28 @@ class _Share:
 def _read_records(folder: Path) -> list[dict[str, Any]]:
     """What the runs wrote about themselves, newest first. A broken record is left out: the rows suffice."""
     records = []
-    for path in sorted((folder / RUNS).glob("*.json"), reverse=True):
+    for path in (folder / RUNS).glob("*.json"):
         try:
-            record = _public(json.loads(path.read_bytes()))
+            record = public(json.loads(path.read_bytes()))
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("config"), dict):
             records.append(record | {"run_id": path.stem})
-    return records
+    # Names sort by their start, but for those of imported runs.
+    return sorted(records, key=lambda record: (_started(record), record["run_id"]), reverse=True)
 
 
-def _public(value: Any) -> Any:
+def _started(record: Mapping[str, Any]) -> datetime:
+    return to_utc(record.get("started_at")) or datetime.min.replace(tzinfo=UTC)
+
+
+def public(value: Any) -> Any:
     """`value` as strict JSON and UTF-8 can hold it, without what is kept under the name of a secret."""
     match value:
         case dict():
-            return {_public(key): _public(item) for key, item in value.items() if not SECRET_KEY.search(key)}
+            return {public(key): public(item) for key, item in value.items() if not SECRET_KEY.search(key)}
         case list():
-            return [_public(item) for item in value]
+            return [public(item) for item in value]
         case float() if not math.isfinite(value):
             return None
         case str():
@@ -191,26 +200,40 @@ def _find_runs(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[_Run]
     runs = []
     for row in found.iter_rows(named=True):
         settings = {name: row.pop(name) for name in SETTINGS}
-        place, entry = _find_entry(settings, records)
+        place, entry = find_entry(settings, records)
         runs.append(_Run(settings=settings, model_config=entry, place=place, **row))
     return sorted(runs, key=lambda run: run.place)
 
 
-def _find_entry(
+def find_entry(
     settings: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[int, int], Mapping[str, Any]]:
     """The entry that asked with these settings, as the newest record with it has it, and its place."""
     for number, record in enumerate(records):
-        entries = record["config"].get("models")
-        for index, entry in enumerate(entries if isinstance(entries, list) else []):
+        for index, imported in enumerate(_listed(record.get("entries"))):
+            if isinstance(imported, dict) and imported.get("settings") == settings:
+                return (number, index), imported["model_config"]
+        for index, entry in enumerate(_listed(record["config"].get("models"))):
             if isinstance(entry, dict) and _asks_with(entry, record["config"], settings):
                 return (number, index), entry
+    return (len(records), 0), _made_entry(settings)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _made_entry(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An entry that asks with these settings."""
     types = {provider: type_ for type_, provider in PROVIDER_OF_TYPE.items()}
-    entry = {"name": settings["model"], "type": types.get(settings["provider"], settings["provider"])}
     sent = {name: settings[name] for name in SETTINGS if name in ModelConfig.model_fields}
-    sent["options"] = None  # as the store has them, they also come from other keys
-    sent = {name: value for name, value in sent.items() if value is not None}
-    return (len(records), 0), entry | sent
+    sent["options"], sent["engine"] = {}, {}
+    for name, value in json.loads(settings["options"] or "{}").items():
+        own_key = name in ("dtype", "revision", "logprobs", "prompt_logprobs")
+        block = sent if own_key else sent["engine"] if name in ANSWER_ARGUMENTS else sent["options"]
+        block[name] = value
+    entry = {"name": settings["model"], "type": types.get(settings["provider"], settings["provider"])}
+    return entry | {name: value for name, value in sent.items() if value not in (None, {})}
 
 
 def _asks_with(entry: Mapping[str, Any], config: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
@@ -239,8 +262,8 @@ def _metadata(folder: Path, records: Sequence[Mapping[str, Any]], runs: Sequence
     if not isinstance(prompts, dict) or not isinstance(prompts.get("count"), int):
         ids = scan(folder).select(pl.col("prompt_id").n_unique())
         prompts = {"path": None, "count": ids.collect(engine="streaming").item()}
-    starts = [run.started_at for run in runs] + [_moment(record.get("started_at")) for record in records]
-    ends = [run.completed_at for run in runs] + [_moment(record.get("ended_at")) for record in records]
+    starts = [run.started_at for run in runs] + [to_utc(record.get("started_at")) for record in records]
+    ends = [run.completed_at for run in runs] + [to_utc(record.get("ended_at")) for record in records]
     return {
         "start_time": _legacy_time(min(filter(None, starts), default=None)),
         "end_time": _legacy_time(max(filter(None, ends), default=None)),
@@ -248,15 +271,22 @@ def _metadata(folder: Path, records: Sequence[Mapping[str, Any]], runs: Sequence
         "config": config,
         "total_prompts": prompts["count"],
         "prompts_file": config.get("prompts_file", prompts.get("path")),
-        "resumed": len(_run_ids(runs)) > 1,
+        "resumed": _is_resumed(set(_run_ids(runs)), records),
     }
+
+
+def _is_resumed(run_ids: Set[str], records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether more than one run answered. The legacy script had a run id for each model: its files say it."""
+    imported = [record for record in records if "imported" in record and record["run_id"] in run_ids]
+    own = len(run_ids) - len(imported)
+    return any(record.get("resumed") is True for record in imported) or own + bool(imported) > 1
 
 
 def _run_ids(runs: Sequence[_Run]) -> list[str]:
     return sorted({run_id for run in runs for run_id in run.run_ids})
 
 
-def _moment(text: Any) -> datetime | None:
+def to_utc(text: Any) -> datetime | None:
     try:
         moment = datetime.fromisoformat(text)
     except (TypeError, ValueError):

@@ -49,6 +49,18 @@ def lock_folder(folder: Path, file_name: str) -> FileIO:
     return lock
 
 
+def is_locked(folder: Path, file_name: str) -> bool:
+    """Whether a run holds the lock. To find out, it is shared for an instant, in which no run can begin."""
+    try:
+        with (folder / file_name).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or a disk that knows no locks
+        return False
+    return False
+
+
 def _close(file: FileIO | None) -> None:
     if file is not None:
         file.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from json.encoder import encode_basestring_ascii as _json_text
 from typing import Any
@@ -81,14 +81,8 @@ class Plan:
     lanes: tuple[Lane, ...]
 
     def requests(self, group: Group, answered: Container[str] = frozenset()) -> Iterator[Request]:
-        """The group's requests that are not among `answered`, each made when it is drawn.
-
-        Prompts are the outer loop: what is asked of one prompt lies close together.
-        """
-        series = [_Series(self.config, entry) for entry in group.entries]
-        for prompt in self.prompts:
-            for one in series:
-                yield from one.requests(prompt, answered)
+        """The group's requests that are not among `answered`, each made when it is drawn."""
+        return group_requests(self.config, group, self.prompts, answered)
 
     def survey(self, answered: Container[str] = frozenset()) -> Survey:
         """Go through all requests once and count; the prompts are checked on the way.
@@ -114,6 +108,28 @@ class Plan:
 
 
 def make_plan(config: Config, prompts: PromptFile) -> Plan:
+    """What a config asks of some prompts.
+
+    Raises:
+        ConfigError: as `make_lanes` says.
+    """
+    return Plan(config, prompts, make_lanes(config))
+
+
+def group_requests(
+    config: Config, group: Group, prompts: Iterable[Prompt], answered: Container[str] = frozenset()
+) -> Iterator[Request]:
+    """A group's requests that are not among `answered`, each made when it is drawn.
+
+    Prompts are the outer loop: what is asked of one prompt lies close together.
+    """
+    series = [_Series(config, entry) for entry in group.entries]
+    for prompt in prompts:
+        for one in series:
+            yield from one.requests(prompt, answered)
+
+
+def make_lanes(config: Config) -> tuple[Lane, ...]:
     """Group a config's entries into lanes and refuse what could not be asked.
 
     Needs no weights, no network and no SDK.
@@ -141,13 +157,9 @@ def make_plan(config: Config, prompts: PromptFile) -> Plan:
             _check_account(config, next(iter(lanes[lane].values()))[0], entry, index)
         lanes.setdefault(lane, {}).setdefault(group, []).append(entry)
     names = _distinct([_type_of(groups) for groups in lanes.values()])
-    return Plan(
-        config,
-        prompts,
-        tuple(
-            Lane(name, tuple(Group(_group_name(entries), tuple(entries)) for entries in groups.values()))
-            for name, groups in zip(names, lanes.values(), strict=True)
-        ),
+    return tuple(
+        Lane(name, tuple(Group(_group_name(entries), tuple(entries)) for entries in groups.values()))
+        for name, groups in zip(names, lanes.values(), strict=True)
     )
 
 
@@ -245,7 +257,9 @@ def _answer_options(entry: ModelConfig) -> dict[str, Any]:
         options["logprobs"] = entry.logprobs
     if entry.prompt_logprobs is not None:
         options["prompt_logprobs"] = entry.prompt_logprobs
-    return options
+    # As the store will have them: JSON's keys are texts, and sort otherwise than numbers do.
+    plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
+    return plain
 
 
 def _lane_key(entry: ModelConfig) -> object:

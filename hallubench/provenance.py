@@ -15,6 +15,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import distributions, version
@@ -27,6 +28,7 @@ from hallubench.errors import DiskError
 from hallubench.text import printable
 
 Status = Literal["running", "finished", "interrupted", "failed"]
+TEMPORARY_SUFFIX = ".tmp"
 
 
 def new_run_id(now: datetime) -> str:
@@ -37,22 +39,36 @@ def new_run_id(now: datetime) -> str:
 class RunRecord:
     """The record of one run, on disk from its start and rewritten whole when something is added.
 
+    Args:
+        runs_dir: the folder of the records.
+        run_id: the run's name.
+        config: what it asks.
+        prompts: what there is to know of the prompts file.
+        set_aside: where earlier answers of the config's models were moved before it began; None if nowhere.
+
     Raises:
         DiskError: the record cannot be written.
     """
 
-    def __init__(self, runs_dir: Path, run_id: str, config: Config, prompts: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        runs_dir: Path,
+        run_id: str,
+        config: Config,
+        prompts: dict[str, Any],
+        *,
+        set_aside: Path | None = None,
+    ) -> None:
         self._path = runs_dir / f"{run_id}.json"
         self._record: dict[str, Any] = {
             "run_id": run_id,
             "status": "running",
             "started_at": _now(),
             "ended_at": None,
-            "hallubench": {"version": version("hallubench"), "git_commit": _git_commit()},
             "config": config.to_json(),
             "prompts": prompts,
-            "packages": _packages(),
-            "machine": _machine(),
+            "set_aside": None if set_aside is None else str(set_aside),
+            **environment(),
             "providers": {},
             "counts": {},
             "problems": [],
@@ -70,20 +86,38 @@ class RunRecord:
         self._write()
 
     def _write(self) -> None:
-        temporary = self._path.with_suffix(".json.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(self._record, file, indent=2, default=str)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._path)
-        except OSError as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise DiskError(
-                f"{printable(self._path)}: cannot be written: {error.strerror}; "
-                "make room or make it writable, then run again"
-            ) from None
+        write_record(self._path, self._record)
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record whole, in the place of an earlier one.
+
+    Raises:
+        DiskError: it cannot be written; the earlier one is still there.
+    """
+    temporary = path.with_suffix(f".json{TEMPORARY_SUFFIX}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(record, file, indent=2, default=str)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise DiskError(
+            f"{printable(path)}: cannot be written: {error.strerror}; "
+            "make room or make it writable, then run again"
+        ) from None
+
+
+def environment() -> dict[str, Any]:
+    """Where something runs: hallubench's version, those of all packages, and the machine."""
+    return {
+        "hallubench": {"version": version("hallubench"), "git_commit": _git_commit()},
+        "packages": _packages(),
+        "machine": _machine(),
+    }
 
 
 def _now() -> str:

@@ -6,19 +6,25 @@ and its float32 come in the fewest digits that read back the same (-0.123, not -
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import polars as pl
+
+from hallubench.schema import valid_text
 
 COLUMNS = (
     "request_id",
     "run_id",
     "prompt_id",
+    "prompt_index",
     "sample_index",
+    "provider",
     "model",
     "model_version",
     "prompt",
     "messages",
+    "system_prompt",
     "full_response",
     "finish_reason",
     "error",
@@ -30,6 +36,7 @@ COLUMNS = (
     "max_tokens",
     "stop",
     "seed",
+    "options",
     "input_tokens",
     "output_tokens",
     "timestamp",
@@ -49,11 +56,12 @@ def result_text(rows: pl.DataFrame, *, logprob_tokens: int | None, with_prompt: 
     Args:
         rows: with `COLUMNS`; at least one.
         logprob_tokens: of how many tokens log-probabilities are written; None: of all.
-        with_prompt: whether a result has the prompt's text; of a chat prompt, the last user turn.
+        with_prompt: whether a result has the prompt's text; of a chat prompt, the last user turn and, beside
+            it, all turns.
         indent: how many spaces stand before the second and each further result.
     """
     result = _object(_fields(with_prompt=with_prompt, indent=indent), indent)
-    rows = _with_token_logprobs(rows, logprob_tokens, indent + 2)
+    rows = _with_options(_with_token_logprobs(rows, logprob_tokens, indent + 2), indent + 2)
     text: bytes = rows.select(result.str.join(f",\n{' ' * indent}").cast(pl.Binary)).item()
     return text
 
@@ -96,6 +104,16 @@ def _fields(*, with_prompt: bool, indent: int) -> dict[str, pl.Expr]:
         "error_type": _optional(column("error_type")),
         "finish_reason": _optional(column("finish_reason")),
         "logprobs_mode": _optional(column("logprobs_mode")),
+        "provider": _text(column("provider")),
+        "system_prompt": _optional(column("system_prompt")),
+        "stop": _optional_array(column("stop"), _text(pl.element()), indent + 2),
+        "options": column("options"),
+        **(
+            {"messages": _optional_array(column("messages"), _turn(indent + 4), indent + 2)}
+            if with_prompt
+            else {}
+        ),
+        "prompt_index": _text(column("prompt_index")),
         "sample_index": _text(column("sample_index")),
         "request_id": _text(column("request_id")),
     }
@@ -105,6 +123,23 @@ def _prompt() -> pl.Expr:
     turn = pl.element().struct
     asked = pl.col("messages").list.eval(turn.field("content").filter(turn.field("role") == "user"))
     return pl.col("prompt").fill_null(asked.list.last()).fill_null("")
+
+
+def _turn(indent: int) -> pl.Expr:
+    turn = pl.element().struct
+    return _object({"role": _text(turn.field("role")), "content": _text(turn.field("content"))}, indent)
+
+
+def _with_options(rows: pl.DataFrame, indent: int) -> pl.DataFrame:
+    """Lay the column `options` out: it is JSON text already, and few rows differ in it."""
+    margin = "\n" + " " * indent
+    laid_out = {
+        text: valid_text(json.dumps(json.loads(text), indent=2, ensure_ascii=False)).replace("\n", margin)
+        for text in rows["options"].drop_nulls().unique()
+    }
+    return rows.with_columns(
+        pl.col("options").replace_strict(list(laid_out), list(laid_out.values()), return_dtype=pl.String)
+    )
 
 
 def _with_token_logprobs(rows: pl.DataFrame, logprob_tokens: int | None, indent: int) -> pl.DataFrame:
@@ -157,6 +192,11 @@ def _text(value: pl.Expr) -> pl.Expr:
 def _number(value: pl.Expr) -> pl.Expr:
     """The same as `_text` of a number, in half the time: most of the text is log-probabilities."""
     return pl.when(value.is_finite()).then(value.cast(pl.String)).otherwise(pl.lit("null"))
+
+
+def _optional_array(values: pl.Expr, text: pl.Expr, indent: int) -> pl.Expr:
+    """JSON text of an array of what `text` makes of each value; null where there is no list."""
+    return pl.when(values.is_not_null()).then(_array(values.list.eval(text), indent))
 
 
 def _optional(value: pl.Expr) -> pl.Expr:

@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from hallubench.store import RUNS, scan
-from hallubench.text import printable
+from hallubench.text import aligned, printable
 
 MEASURES = {
     # Of a million ids the hashes fit into memory easily.
@@ -65,10 +65,7 @@ def summary_lines(summary: pl.DataFrame) -> Iterator[str]:
         ]
         for row in summary.iter_rows(named=True)
     ]
-    widths = [max(len(cells[column]) for cells in (header, *rows)) for column in range(len(header))]
-    for cells in (header, *rows):
-        first, *others = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-        yield "  ".join([first.strip().ljust(widths[0]), *others])
+    yield from aligned([header, *rows])
 
 
 def record_errors(folder: Path) -> pl.DataFrame:

@@ -33,6 +33,7 @@ from hallubench.parts import (
     model_folder,
     model_folders,
     most_held_open,
+    part_number,
     part_paths,
     remove_remains,
     scan_parts,
@@ -44,6 +45,7 @@ from hallubench.text import printable
 
 RUNS = "_runs"
 """The folder beside those of the models that tells what produced them."""
+LOCK = f"{RUNS}/.lock"
 FLUSH_SECONDS = 1.0
 """How long an answer waits for others to be written with it: the most that `kill -9` can take."""
 FLUSH_ROWS = 5_000
@@ -95,12 +97,12 @@ class Store:
     def __enter__(self) -> Self:
         if _exists(self.folder):
             check_ours(self.folder, may_be_empty=True)
-        self._lock = lock_folder(self.folder, f"{RUNS}/.lock")
+        self._lock = lock_folder(self.folder, LOCK)
         try:
             for model_dir in model_folders(self.folder):
                 remove_remains(model_dir)
                 # No name is ever used again: a merged part would take it for one it replaced.
-                self._number = max([self._number, *map(_number, part_paths(model_dir))])
+                self._number = max([self._number, *map(part_number, part_paths(model_dir))])
         except OSError as error:
             self._lock.close()
             raise StoreError(
@@ -205,7 +207,7 @@ def scan(folder: str | Path) -> pl.LazyFrame:
             room -= len(parts)
             sources = parts if room >= 0 else live_parts(model_dir)
             if sources:
-                frames.append(_only_what_counts(sources))
+                frames.append(only_what_counts(sources))
     return pl.concat(frames) if frames else pl.LazyFrame(SCHEMA.empty_table())
 
 
@@ -285,11 +287,7 @@ def check_ours(folder: Path, *, may_be_empty: bool = False) -> None:
     Raises:
         StoreError: it does not exist, is a file, or holds Parquet files of somebody else.
     """
-    shown = printable(folder)
-    if not _exists(folder):
-        raise StoreError(f"{shown}: no such folder; give the output folder of a run")
-    if not folder.is_dir():
-        raise StoreError(f"{shown}: is a file; give the output folder of a run")
+    check_is_folder(folder)
     model_dirs = set(model_folders(folder))
     places: set[Path] = set()
     for path in folder.rglob("*.parquet"):
@@ -300,7 +298,25 @@ def check_ours(folder: Path, *, may_be_empty: bool = False) -> None:
                 check_part(path)
                 places.add(path.parent)
     if not may_be_empty and not model_dirs and not (folder / RUNS).is_dir():
-        raise StoreError(f"{shown}: holds no answers of hallubench; give the output folder of a run")
+        raise no_store(folder)
+
+
+def check_is_folder(folder: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        StoreError: it does not exist, or is a file.
+    """
+    shown = printable(folder)
+    if not _exists(folder):
+        raise StoreError(f"{shown}: no such folder; give the output folder of a run")
+    if not folder.is_dir():
+        raise StoreError(f"{shown}: is a file; give the output folder of a run")
+
+
+def no_store(folder: Path) -> StoreError:
+    """What to raise for a folder without a store."""
+    return StoreError(f"{printable(folder)}: holds no answers of hallubench; give the output folder of a run")
 
 
 def _exists(folder: Path) -> bool:
@@ -312,7 +328,7 @@ def _exists(folder: Path) -> bool:
         ) from None
 
 
-def _only_what_counts(parts: Sequence[Source]) -> pl.LazyFrame:
+def only_what_counts(parts: Sequence[Source]) -> pl.LazyFrame:
     """The rows of parts without those outdated; where there are none, nothing stands in a query's way."""
     rows = scan_parts(parts)
     outdated = outdated_rows(parts)
@@ -329,11 +345,6 @@ def _only_what_counts(parts: Sequence[Source]) -> pl.LazyFrame:
 
 def _is_small(part: Path) -> bool:
     return part.stat().st_size < SMALL_PART_BYTES
-
-
-def _number(part: Path) -> int:
-    name = PART_NAME.fullmatch(part.name)
-    return int(name["number"]) if name else 0
 
 
 def _place(row: Row) -> tuple[int, float, int, str]:

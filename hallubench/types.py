@@ -105,7 +105,8 @@ class Logprobs:
 
     token_ids: array[int]
     """The chosen (or prompt) tokens; typecode "i". -1 where a provider names tokens only by text."""
-    tokens: Sequence[str]
+    tokens: Sequence[str | None]
+    """Their texts; None where unknown."""
     logprobs: array[float]
     """Typecode "f"; NaN where there is none (the first token of a prompt), stored as null."""
     ranks: array[int]
@@ -127,7 +128,8 @@ class Completion:
     """From sending the request to its answer, for the attempt that counted; queueing here excluded."""
     text: str | None = None
     """The answer, "" if the model said nothing; None if and only if `error` is set."""
-    finish_reason: FinishReason = "stop"
+    finish_reason: FinishReason | None = "stop"
+    """None where nobody wrote it down: imported answers."""
     provider_finish_reason: str | None = None
     """The provider's own word for it."""
     reasoning: str | None = None
@@ -141,4 +143,5 @@ class Completion:
     provider_request_id: str | None = None
     error: str | None = None
     error_type: str | None = None
-    retry_count: int = 0
+    retry_count: int | None = 0
+    """Attempts after the first; None where nobody wrote it down."""

@@ -5,7 +5,8 @@ import asyncio
 import errno
 import json
 import os
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from hallubench import generate, store
 from hallubench.config import Config
-from hallubench.errors import ConfigError, DiskError, StoreError
+from hallubench.errors import ConfigError, DiskError, EngineDied, StoreError
 from hallubench.generate import Result, run
 from hallubench.progress import Silent
 from hallubench.providers.echo import EchoProvider
@@ -246,6 +247,61 @@ class InterruptingDisplay(Silent):
     def note(self, line: str) -> None:
         if self._insists and line.startswith("Interrupted"):
             _thread.interrupt_main()
+
+
+class Mortal:
+    """Stands in for EchoProvider.generate: each engine that is opened dies after so many answers."""
+
+    def __init__(self, *lives: int) -> None:
+        self.drawn: list[str] = []
+        self._lives = iter(lives)
+        self._generate = EchoProvider.generate
+
+    async def __call__(
+        self, provider: EchoProvider, requests: Iterable[Request]
+    ) -> AsyncGenerator[Completion, None]:
+        life = next(self._lives, None)
+        batch = iter(list(requests))  # all are in flight at once, as in a real engine
+        answered = 0
+        async with aclosing(self._generate(provider, self._noted(batch))) as completions:
+            async for completion in completions:
+                yield completion
+                answered += 1
+                if answered == life:
+                    raise EngineDied("the engine died")
+
+    def _noted(self, requests: Iterable[Request]) -> Iterator[Request]:
+        for request in requests:
+            self.drawn.append(request.request_id)
+            yield request
+
+
+def mortal(monkeypatch: pytest.MonkeyPatch, *lives: int) -> Mortal:
+    provider = Mortal(*lives)
+    monkeypatch.setattr(EchoProvider, "generate", lambda self, requests: provider(self, requests))
+    return provider
+
+
+def test_a_lane_whose_engine_dies_goes_on_with_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider = mortal(monkeypatch, 4)
+    result = run(make_config(tmp_path, prompts=10))
+    assert counts(result) == (0, 10, 0, 0)
+    assert result.problems == []
+    assert len(provider.drawn) == len(set(provider.drawn)) == len(answers(result.output)) == 10
+
+
+def test_a_lane_whose_engine_dies_twice_ends_and_the_next_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        mortal(patch, 4, 3)
+        result = run(make_config(tmp_path, prompts=10))
+    assert counts(result) == (0, 7, 0, 3)
+    assert result.problems == ["echo: the engine died, for the second time; run again to go on"]
+    assert len(answers(result.output)) == 7
+    assert counts(run(make_config(tmp_path, prompts=10))) == (7, 3, 0, 0)
 
 
 def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ class Provider(Protocol):
 
     `generate` draws lazily from `requests`, yields exactly one `Completion` for each, in the order
     they finish, joined by `request_id`. A request that failed is a Completion with `error` set. It
-    raises `LaneError` only when nothing more can be asked (bad key, unknown model, dead engine);
-    requests drawn and not yielded then stay pending.
+    raises `LaneError` only when nothing more can be asked (bad key, unknown model); requests drawn and
+    not yielded then stay pending. After an `EngineDied` they go to a provider that is opened anew, once.
     """
 
     def generate(self, requests: Iterable[Request]) -> AsyncGenerator[Completion, None]: ...

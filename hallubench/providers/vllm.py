@@ -22,11 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from math import nan
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from hallubench.config import ModelConfig
-from hallubench.errors import LaneError
+from hallubench.errors import EngineDied, LaneError
 from hallubench.providers import Context, vllm_plugin
 from hallubench.types import Completion, FinishReason, Logprobs, Request, Usage
 
@@ -73,9 +75,27 @@ async def _give_up(loading: asyncio.Future[_Engine], thread: ThreadPoolExecutor)
 
 
 def _kill_engines() -> None:
-    for process in multiprocessing.active_children():
-        if process.name.startswith("EngineCore"):
-            process.kill()
+    for process in _engine_processes():
+        process.kill()
+
+
+def _engine_processes() -> list[BaseProcess]:
+    return [process for process in multiprocessing.active_children() if process.name.startswith("EngineCore")]
+
+
+def _wake_on_death(processes: Sequence[BaseProcess], client: Any) -> None:
+    """Fail the step that waits for a process which has died: vLLM would leave it waiting for ever."""
+    if not processes:
+        return  # with VLLM_ENABLE_V1_MULTIPROCESSING=0 the engine is in this one
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    outputs = client.outputs_queue
+
+    def watch() -> None:
+        wait([process.sentinel for process in processes])
+        outputs.put(EngineDeadError())
+
+    threading.Thread(target=watch, daemon=True, name="engine watch").start()
 
 
 class VllmProvider:
@@ -134,6 +154,8 @@ class _Engine:
         _log_vllm_to(log)
         self._version = digest.result() or resolved_commit(entry)
         self._engine = self._llm.llm_engine
+        self._processes = _engine_processes()
+        _wake_on_death(self._processes, self._engine.engine_core)
         self._tokenizer = self._engine.get_tokenizer()
         config = self._engine.vllm_config
         self._max_model_len: int = config.model_config.max_model_len
@@ -158,6 +180,8 @@ class _Engine:
         self, requests: Iterator[Request], emit: Callable[[list[Completion]], None], stop: threading.Event
     ) -> None:
         """Feed the engine from `requests` and emit what each step finishes, until both are empty."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         running: dict[str, Request] = {}
         exhausted = False
         try:
@@ -171,9 +195,14 @@ class _Engine:
                         running[request.request_id] = request
                 if not running:
                     return
-                finished = [output for output in self._step() if output.finished]
+                finished = [output for output in self._engine.step() if output.finished]
                 if finished:
                     emit([self._completion(running.pop(output.request_id), output) for output in finished])
+        except Exception as error:
+            if not isinstance(error, EngineDeadError) and all(map(BaseProcess.is_alive, self._processes)):
+                raise
+            running.clear()  # nobody is left to abort them
+            raise EngineDied(f"the vLLM engine died (log: {self._log})") from error
         finally:
             self._engine.abort_request(list(running))
 
@@ -201,17 +230,6 @@ class _Engine:
         except (VLLMClientError, ValueError) as error:
             return _failed(request, str(error), "invalid_request")
         return None
-
-    def _step(self) -> list[Any]:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
-            outputs: list[Any] = self._engine.step()
-        except EngineDeadError as error:
-            raise LaneError(
-                f"the vLLM engine died; what it had finished is kept: run again to go on (log: {self._log})"
-            ) from error
-        return outputs
 
     def _completion(self, request: Request, output: Any) -> Completion:
         (answer,) = output.outputs

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 import pytest
@@ -29,6 +29,7 @@ from hallubench.providers.vllm import (
     tokenize,
     weights_digest,
 )
+from hallubench.reproduce import reproduce
 from hallubench.store import scan
 from hallubench.types import Completion, Logprobs, Prompt, Request
 
@@ -215,6 +216,7 @@ def test_the_finish_reason_says_whether_an_answer_was_cut(asker: Asker, requests
     (cut,) = asker.ask([request])
     assert (cut.finish_reason, cut.usage.output_tokens) == ("length", 3)
     first = logprobs_of(cut).tokens[0]
+    assert first is not None
     (stopped,) = asker.ask([replace(request, params=replace(request.params, stop=(first,)))])
     assert (stopped.finish_reason, stopped.text) == ("stop", "")
     assert stopped.provider_finish_reason == f"stop: {first}"
@@ -306,12 +308,64 @@ def test_a_killed_run_goes_on_to_what_an_undisturbed_one_would_have_answered(
     assert "Nothing left to ask" in again.stdout
 
 
+class Finished(NamedTuple):
+    output: Path
+    printed: str
+    notes: str
+
+
+@pytest.fixture(scope="session")
+def run_with_a_killed_engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run whose engine was killed when it had stored something."""
+    folder = tmp_path_factory.mktemp("killed-engine")
+    slow = {"kv_cache_memory_bytes": 2**27, "max_num_seqs": 4}
+    config = config_of(tiny_model, write_prompts(folder / "prompts.jsonl", 200), engine=slow)
+    (folder / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "hallubench", "generate", "--config", "config.json"]
+    run = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for child in wait_for_rows(run, folder / "out"):
+        os.kill(child, signal.SIGKILL)
+    printed, notes = run.communicate()
+    assert run.returncode == 0, notes
+    return Finished(folder / "out", printed, notes)
+
+
+def test_a_run_whose_engine_is_killed_loads_it_again_and_finishes(
+    run_with_a_killed_engine: Finished, requests: list[Request], answers: dict[str, Completion]
+) -> None:
+    output, printed, notes = run_with_a_killed_engine
+    assert "the vLLM engine died" in notes
+    assert f"{len(requests)} answered, 0 failed, 0 pending" in printed
+    after = scan(output).filter(pl.col("temperature") == 0).collect()
+    assert dict(after.select("request_id", "output_token_ids").iter_rows()) == {
+        request.request_id: token_ids(answers[request.request_id])
+        for request in requests
+        if request.params.temperature == 0
+    }
+    (record,) = (output / "_runs").glob("*.json")
+    assert len(json.loads(record.read_text())["providers"]["tiny"]) == 2, "both engines are on record"
+
+
+def test_stored_answers_are_reproduced_in_float32(run_with_a_killed_engine: Finished) -> None:
+    result = reproduce(run_with_a_killed_engine.output, sample=24)
+    greedy = [one for one in result.agreements if one.temperature == 0]
+    assert [one.how for one in greedy] == ["alone", "in a batch"]
+    for one in greedy:
+        assert one.texts == one.tokens == one.answers > 0
+    for one in result.agreements:
+        assert one.logprob_difference is not None
+        assert one.logprob_difference < 1e-3
+        assert one.prompt_logprob_difference is not None
+        assert one.prompt_logprob_difference < 1e-3
+    assert result.changes == []
+
+
 def tokens_in(store: Path) -> dict[str, list[int]]:
     rows = scan(store).select("request_id", "output_token_ids").collect()
     return {row["request_id"]: row["output_token_ids"] for row in rows.iter_rows(named=True)}
 
 
-def wait_for_rows(run: subprocess.Popen[bytes], output: Path) -> list[int]:
+def wait_for_rows(run: subprocess.Popen[Any], output: Path) -> list[int]:
     """Wait until a run has stored something; the ids of its processes."""
     while not list(output.glob("model=*/*.parquet")):
         assert run.poll() is None, "the run ended by itself"
