@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -40,6 +41,9 @@ class _Main(click.Group):
 @click.version_option(package_name="hallubench")
 def main(debug: bool) -> None:
     """Batch inference for hallucination research: every answer with its log-probabilities, in Parquet."""
+    # A long run has thousands of files, and what reads them meanwhile holds them open.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2**16)), hard))
 
 
 def _config_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -82,22 +86,22 @@ def generate(path: Path, resume: bool, fresh: bool, dry_run: bool, **overrides: 
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     if resume and fresh:
         raise click.UsageError("--resume and --fresh contradict each other; give one of them")
-    config = _load(path, missing_env="keep" if dry_run else "error", **overrides)
-    if dry_run:
-        from hallubench.dry_run import plan_lines
-
-        for line in plan_lines(config, fresh=fresh):
-            click.echo(line)
-        return
-    from hallubench.generate import run
-    from hallubench.progress import display
-
     terminated = _end_cleanly_on_sigterm()
     try:
+        config = _load(path, missing_env="keep" if dry_run else "error", **overrides)
+        if dry_run:
+            from hallubench.dry_run import plan_lines
+
+            for line in plan_lines(config, fresh=fresh):
+                click.echo(line)
+            return
+        from hallubench.generate import run
+        from hallubench.progress import display
+
         result = run(config, fresh=fresh, display=display())
+        _echo_result(result)
     except KeyboardInterrupt:  # before anything was asked, or once more while the last rows were written
         _end_interrupted(terminated)
-    _echo_result(result)
     if result.interrupted:
         _end_interrupted(terminated)
     if result.problems:

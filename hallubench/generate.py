@@ -28,7 +28,7 @@ from hallubench.provenance import RunRecord, Status, new_run_id
 from hallubench.providers import Context, open_provider
 from hallubench.redact import redact
 from hallubench.schema import Row
-from hallubench.store import Store, answered_ids, set_aside
+from hallubench.store import Store, answered_ids, compact, set_aside
 from hallubench.text import printable
 from hallubench.types import Completion, Request
 from hallubench.writer import Writer
@@ -79,9 +79,10 @@ def run(config: Config, *, fresh: bool = False, display: Display | None = None) 
         answered: Set[str] = frozenset() if fresh else stored
         survey = plan.survey(answered)
         if not any(survey.pending):
+            compact(output, new_run_id(datetime.now(UTC)), shown.note)
             return Result(None, output, already_answered=survey.requests)
         require_ready([entry for entry, count in zip(config.models, survey.pending, strict=True) if count])
-        with Store(output, run_id := new_run_id(datetime.now(UTC))) as store:
+        with Store(output, run_id := new_run_id(datetime.now(UTC)), notify=shown.note) as store:
             models = {entry.name for entry in config.models}
             aside = set_aside(output, models, datetime.now(UTC)) if fresh else None
             now_answered = answered_ids(output)  # again, now that nobody else writes
@@ -90,12 +91,13 @@ def run(config: Config, *, fresh: bool = False, display: Display | None = None) 
             generation = _Generation(plan, survey, store, run_id, answered, shown, aside)
             with ThreadPoolExecutor(1, thread_name_prefix="hallubench") as thread:
                 ending = thread.submit(generation.run_until_complete)
-                while not ending.done():
+                while True:
                     try:
-                        wait([ending], timeout=SIGNAL_SECONDS)
+                        while not ending.done():
+                            wait([ending], timeout=SIGNAL_SECONDS)
+                        return ending.result()
                     except KeyboardInterrupt:
                         generation.interrupt()
-                return ending.result()
 
 
 def prepare(config: Config) -> tuple[Path, Plan]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import weakref
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
@@ -39,8 +40,9 @@ def lock_folder(folder: Path, file_name: str) -> FileIO:
         raise StoreError(
             f"{shown}: cannot be locked: {error.strerror}; choose a folder on another disk"
         ) from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()).encode())
+    with suppress(OSError):  # on a full disk; the lock is held, nameless
+        lock.truncate(0)
+        lock.write(str(os.getpid()).encode())
     # A forked child shares the lock, and would keep it if it outlived this process.
     held = weakref.ref(lock)
     os.register_at_fork(after_in_child=lambda: _close(held()))

@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import re
+import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -45,8 +46,6 @@ LONGEST_FOLDER_NAME = 200
 NULL_TO_HIVE = "__HIVE_DEFAULT_PARTITION__"
 ROW_GROUP_BYTES = 32 * 2**20
 """Of a row group in memory."""
-MOST_HELD_OPEN = 256
-"""A process may have about 1,000 files open."""
 DAMAGE = (pa.ArrowException, OSError, ValueError, OverflowError)
 """What Arrow raises, by the place of the damage, when it reads a file that is not as it was written."""
 
@@ -105,21 +104,22 @@ def held_parts(model_dir: Path, *, damaged_too: bool = False) -> Iterator[list[S
     """The parts of a model's folder that count, for a reader that is not the folder's writer.
 
     They are held open: the writer may merge them at any time, and an open file can be read although it is
-    removed. Of a folder with more than `MOST_HELD_OPEN` parts the paths are given instead.
+    removed. Of a folder with more than `most_held_open` parts the paths are given instead.
 
     Args:
         model_dir: the folder.
         damaged_too: as for `live_parts`.
 
     Raises:
-        StoreError: a merged part is damaged, or not ours.
+        StoreError: a merged part is damaged, or not ours; or the parts were not held open, and were merged
+            before they were read.
     """
     while True:
         with ExitStack() as files:
             found = part_paths(model_dir)
             try:
                 paths = live_parts(model_dir, damaged_too=damaged_too)
-                hold = len(paths) <= MOST_HELD_OPEN
+                hold = len(paths) <= most_held_open()
                 sources: list[Source] = [
                     files.enter_context(path.open("rb")) if hold else path for path in paths
                 ]
@@ -127,8 +127,16 @@ def held_parts(model_dir: Path, *, damaged_too: bool = False) -> Iterator[list[S
                 continue  # merged since it was found
             # A listing made while files go can miss those that take their place.
             if set(found) <= set(part_paths(model_dir)):
-                yield sources
+                try:
+                    yield sources
+                except FileNotFoundError:
+                    raise StoreError(f"{printable(model_dir)}: a run merged its parts; read again") from None
                 return
+
+
+def most_held_open() -> int:
+    """Parts that a reader may hold open: a quarter of the files that its process may have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
 
 
 def scan_parts(sources: Sequence[Source]) -> pl.LazyFrame:
@@ -192,16 +200,22 @@ def write_part(path: Path, tables: Iterable[pa.Table], replaces: Sequence[Path] 
         temporary.rename(path)
         _sync_folder(path.parent)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        remedy = "make room" if error.errno in _NO_ROOM else "make it writable"
+        for remains in (temporary, path):  # a part whose name did not reach the disk is written again too
+            with suppress(OSError):
+                remains.unlink(missing_ok=True)
+        remedy = _REMEDIES.get(error.errno, "make it writable")
         problem = printable(error.strerror or error)
         raise DiskError(
             f"{printable(path.parent)}: cannot be written: {problem}; {remedy}, then run again"
         ) from error
 
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REMEDIES: dict[int | None, str] = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "make room",
+    errno.EIO: "check the disk",
+}
 
 
 def _metadata(path: Path) -> dict[bytes, bytes]:

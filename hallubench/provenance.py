@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import hallubench
 from hallubench.config import Config
 from hallubench.errors import DiskError
+from hallubench.text import printable
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 TEMPORARY_SUFFIX = ".tmp"
@@ -101,8 +103,12 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DiskError(f"{path}: cannot be written: {error.strerror}; make room and run again") from None
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise DiskError(
+            f"{printable(path)}: cannot be written: {error.strerror}; "
+            "make room or make it writable, then run again"
+        ) from None
 
 
 def environment() -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 The row of a request that counts is its answer or, while it has none, its newest error.
 
-At every instant `polars.scan_parquet("OUTPUT/**/*.parquet", hive_partitioning=True)` can be read. What
-was flushed survives `kill -9`. One writer at a time, by a lock that dies with its process.
+At every instant every file of `polars.scan_parquet("OUTPUT/**/*.parquet", hive_partitioning=True)` is whole
+and no answer is missing; only while parts are merged, a row can be there twice, or a file be gone between
+listing and reading. `scan` has neither. What was flushed survives `kill -9`. One writer at a time, by a lock
+that dies with its process.
 """
 
 from __future__ import annotations
@@ -20,10 +22,9 @@ from typing import Self
 import polars as pl
 import pyarrow as pa
 
-from hallubench.errors import StoreError
+from hallubench.errors import DiskError, StoreError
 from hallubench.lock import lock_folder
 from hallubench.parts import (
-    MOST_HELD_OPEN,
     PART_NAME,
     Source,
     check_part,
@@ -31,6 +32,7 @@ from hallubench.parts import (
     live_parts,
     model_folder,
     model_folders,
+    most_held_open,
     part_number,
     part_paths,
     remove_remains,
@@ -59,18 +61,32 @@ class Store:
     """The one writer of a folder; used with `with`, whose end writes what is left and compacts.
 
     If the block ends with an exception, only what is left is written, so that an interrupt takes no longer;
-    the end of the next run compacts.
+    the end of the next run compacts. Parts that cannot be merged, for want of room, stay as they are.
+
+    Args:
+        folder: of the store; made if there is none.
+        run_id: a part of the parts' names.
+        clock: tells how long rows have waited, in seconds.
+        notify: told, in one line, if parts could not be merged at the end.
 
     Raises:
         StoreError: the folder cannot be written, is not a store, or another run is writing it.
         DiskError: (later) a write failed. Rows not written stay and are tried again by the next flush.
     """
 
-    def __init__(self, folder: Path, run_id: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run_id: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        notify: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self.folder = folder
         self.runs_dir = folder / RUNS
         self._run_id = run_id
         self._clock = clock
+        self._notify = notify
         self._waiting: dict[str, dict[str, Row]] = {}
         self._count = 0
         self._alternatives = 0
@@ -103,9 +119,7 @@ class Store:
         try:
             self.flush()
             if error is None:
-                for model_dir in model_folders(self.folder):
-                    if len(parts := live_parts(model_dir)) > 1:
-                        self._merge(model_dir, parts)
+                self._compact()
         finally:
             self._lock.close()
 
@@ -139,6 +153,14 @@ class Store:
             self._keep_few(part)
         self._count = self._alternatives = 0
 
+    def _compact(self) -> None:
+        for model_dir in model_folders(self.folder):
+            if len(parts := live_parts(model_dir)) > 1:
+                try:
+                    self._merge(model_dir, parts)
+                except DiskError as error:
+                    self._notify(f"All answers are written; only merging their files did not work: {error}")
+
     def _keep_few(self, part: Path) -> None:
         """Merge the small parts beside a new part if they have become too many."""
         model_dir = part.parent
@@ -147,8 +169,10 @@ class Store:
         elif _is_small(part):
             self._small[model_dir].append(part)
         if len(self._small[model_dir]) > MOST_SMALL_PARTS:
-            merged = self._merge(model_dir, self._small[model_dir])
-            self._small[model_dir] = [merged] if _is_small(merged) else []
+            small, self._small[model_dir] = self._small[model_dir], []
+            with suppress(DiskError):  # no room for a second copy of them: they wait for the end of the run
+                merged = self._merge(model_dir, small)
+                self._small[model_dir] = [merged] if _is_small(merged) else []
 
     def _merge(self, model_dir: Path, parts: Sequence[Path]) -> Path:
         """Write parts as one: in order, without rows that no longer count."""
@@ -177,7 +201,7 @@ def scan(folder: str | Path) -> pl.LazyFrame:
     folder = Path(folder)
     check_ours(folder)
     frames = []
-    room = MOST_HELD_OPEN
+    room = most_held_open()
     for model_dir in model_folders(folder):
         with held_parts(model_dir) as parts:
             room -= len(parts)
@@ -223,6 +247,19 @@ def answered_ids(folder: Path) -> Set[str]:
                 ids = rows.filter(pl.col("error").is_null()).select("request_id").collect()
                 answered.update(ids.to_series())
     return answered
+
+
+def compact(folder: Path, run_id: str, notify: Callable[[str], None]) -> None:
+    """Merge what a killed run left unmerged, unless another run is writing or the folder is read-only.
+
+    Args:
+        folder: of a store.
+        run_id: a part of the new parts' names.
+        notify: told, in one line, what did not work.
+    """
+    if any(len(list(model_dir.iterdir())) > 1 for model_dir in model_folders(folder)):
+        with suppress(StoreError), Store(folder, run_id, notify=notify):
+            pass
 
 
 def set_aside(folder: Path, models: set[str], now: datetime) -> Path | None:

@@ -43,6 +43,8 @@ class Writer:
             await self._task
         finally:
             self._thread.shutdown()
+            for row in self._waiting:  # after a failed write: the end of the store tries once more
+                self._store.append(row)
 
     async def put(self, row: Row) -> None:
         """Hand a row over; waits while too many are waiting for the disk."""

@@ -574,7 +574,8 @@ def test_after_a_failed_sync_the_rows_can_be_flushed_again(
     def fail(_: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    remedy = "make room" if number in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
+    remedies = {errno.EIO: "check the disk", errno.EROFS: "make it writable"}
+    remedy = remedies.get(number, "make room")
     with Store(tmp_path, "run-1") as store:
         store.append(make_row(1))
         with monkeypatch.context() as patch:
