@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,7 @@ KILLS = 200
 KILLS_OF_A_STORE = 20
 PROMPTS = 60
 CLOCK = "the clock"
-LATEST = 1.5
-"""Seconds after its start at which the clock may kill a run: about as long as a whole one takes."""
+MORE_TRIES = 4
 
 # The calls that are killed, with a number that each run reaches: the n-th one is killed, n drawn up to it.
 FIRST = {"mkdir folder": 2}
@@ -89,6 +89,8 @@ class Victim:
         self.killed: Counter[str] = Counter()
         self._plan = plan
         self._random = Random(SEED + number)
+        self._longest = 1.5
+        """Seconds within which the clock kills a run: those of the last one that ended by itself."""
         self._flushed: set[str] = set()
 
     def live(self) -> None:
@@ -104,7 +106,7 @@ class Victim:
                     self._finish()
                     self._export()
                     exports = True
-                for number in (fault.number, 1, 1):
+                for number in (fault.number, *[1] * MORE_TRIES):
                     if self._kill(fault._replace(number=number)):
                         break
                 else:
@@ -121,10 +123,11 @@ class Victim:
             process = self.job.start(*self._export_command, fault=fault)
         else:
             process = self.job.start(fault=None if fault.call == CLOCK else fault)
+        started = time.monotonic()
         try:
-            _, stderr = process.communicate(
-                timeout=self._random.uniform(0, LATEST) if fault.call == CLOCK else 60
-            )
+            within = self._random.uniform(0, self._longest) if fault.call == CLOCK else 60
+            _, stderr = process.communicate(timeout=within)
+            self._longest = time.monotonic() - started
         except subprocess.TimeoutExpired:
             process.kill()
             _, stderr = process.communicate()
