@@ -185,17 +185,20 @@ def public(value: Any) -> Any:
 def _find_runs(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[_Run]:
     """The runs of a store, in config order."""
     elapsed = pl.duration(microseconds=(pl.col("elapsed_seconds").fill_null(0) * 1e6).cast(pl.Int64))
+    # In two steps: the values of a group are held until it is whole, and a group may have all rows.
     found = (
         scan(folder)
-        .group_by(column.alias(name) for name, column in SETTINGS.items())
+        .group_by(*(column.alias(name) for name, column in SETTINGS.items()), "sample_index", "run_id")
+        .agg(started_at=(pl.col("timestamp") - elapsed).min(), completed_at=pl.col("timestamp").max())
+        .collect(engine="streaming")
+        .group_by(*SETTINGS)
         .agg(
             samples=pl.col("sample_index").unique().sort(),
             run_ids=pl.col("run_id").unique().sort(),
-            started_at=(pl.col("timestamp") - elapsed).min(),
-            completed_at=pl.col("timestamp").max(),
+            started_at=pl.col("started_at").min(),
+            completed_at=pl.col("completed_at").max(),
         )
         .sort("model", "temperature", "completed_at")
-        .collect(engine="streaming")
     )
     runs = []
     for row in found.iter_rows(named=True):

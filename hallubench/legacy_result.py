@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hallubench.config import PROVIDER_OF_TYPE, Count, Finite, Int64
 from hallubench.errors import ResultError
-from hallubench.plan import request_id, settings_digest
+from hallubench.plan import request_id, settings_hash
 from hallubench.prompts import PromptFile
 from hallubench.redact import redact
 from hallubench.schema import Row, valid_text
@@ -281,7 +281,7 @@ def _request(result: LegacyResult, prompt: Prompt, asker: Asker, place: str) -> 
         json.dumps(options, allow_nan=False)
     except ValueError:
         raise ResultError(f"{place}.sampling_params: holds a number that is not finite; write null") from None
-    settings = settings_digest(provider, result.model, result.system_prompt, params, options)
+    settings = settings_hash(provider, result.model, result.system_prompt, params, options)
     return Request(
         request_id=result.request_id or request_id(settings, prompt, result.sample_index, seed),
         prompt=prompt,

@@ -163,10 +163,10 @@ def make_lanes(config: Config) -> tuple[Lane, ...]:
     )
 
 
-def settings_digest(
+def settings_hash(
     provider: str, model: str, system_prompt: str | None, params: SamplingParams, options: Mapping[str, Any]
-) -> bytes:
-    """Hash of what all requests of one entry have in common, apart from the seed."""
+) -> hashlib.blake2b:
+    """Begin the hash of a request with what all requests of one entry have in common, apart from the seed."""
     settings = [
         provider,
         model,
@@ -178,12 +178,11 @@ def settings_digest(
         params.stop,
         options,
     ]
-    return hashlib.blake2b(
-        json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16
-    ).digest()
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.blake2b(hashlib.blake2b(text.encode(), digest_size=16).digest(), digest_size=10)
 
 
-def request_id(settings: bytes, prompt: Prompt, sample_index: int, seed: int | None) -> str:
+def request_id(settings: hashlib.blake2b, prompt: Prompt, sample_index: int, seed: int | None) -> str:
     """20 hex digits (80 bits) over everything that determines an answer.
 
     The prompt's id is part of it: two prompts with the same text are two rows. Among 100 million
@@ -195,7 +194,9 @@ def request_id(settings: bytes, prompt: Prompt, sample_index: int, seed: int | N
         asked = json.dumps([(turn.role, turn.content) for turn in prompt.messages or ()])
     # The text of a JSON list, put together by hand: json.dumps would take three quarters of a plan's time.
     content = f"[{_json_text(prompt.id)}, {asked}, {sample_index}, {'null' if seed is None else seed}]"
-    return hashlib.blake2b(settings + content.encode(), digest_size=10).hexdigest()
+    whole = settings.copy()
+    whole.update(content.encode())
+    return whole.hexdigest()
 
 
 class _Series:
@@ -216,21 +217,19 @@ class _Series:
             logprobs=entry.logprobs,
             prompt_logprobs=entry.prompt_logprobs,
         )
-        self._settings = settings_digest(
+        self._settings = settings_hash(
             entry.provider, entry.name, entry.system_prompt, self._params, self._options
         )
-        self.identity = self._settings + str(self._seed).encode()
-
-    def _seed_of(self, sample_index: int) -> int | None:
-        return None if self._seed is None else self._seed + sample_index
+        self.identity = self._settings.digest() + str(self._seed).encode()
 
     def ids(self, prompt: Prompt) -> Iterator[str]:
+        settings, seed = self._settings, self._seed
         for sample_index in range(self._entry.n):
-            yield request_id(self._settings, prompt, sample_index, self._seed_of(sample_index))
+            yield request_id(settings, prompt, sample_index, None if seed is None else seed + sample_index)
 
     def requests(self, prompt: Prompt, answered: Container[str]) -> Iterator[Request]:
         for sample_index in range(self._entry.n):
-            seed = self._seed_of(sample_index)
+            seed = None if self._seed is None else self._seed + sample_index
             id_ = request_id(self._settings, prompt, sample_index, seed)
             if id_ not in answered:
                 yield Request(

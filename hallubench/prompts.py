@@ -402,28 +402,30 @@ def _to_prompt(entry: Entry, index: int) -> Prompt:
     if not entry.keys() <= _FIELDS:
         entry = _rename(entry)
         extra = {key: value for key, value in entry.items() if key not in _FIELDS}
-    if entry.get("id") is None:
+    get = entry.get
+    id_, text, messages = get("id"), get("prompt"), get("messages")
+    if id_ is None:
         raise _EntryError(
             f'no "id" among {_listed(entry)}: give the prompt one of its own, results are joined on it'
         )
-    text, messages = entry.get("prompt"), entry.get("messages")
     if text is None and messages is None:
         raise _EntryError(f'neither "prompt" nor "messages" among {_listed(entry)}: write one of them')
     if text is not None and messages is not None:
         raise _EntryError('has both "prompt" and "messages": keep one of them')
-    flag = entry.get("is_synthetic_probe")
+    flag, references = get("is_synthetic_probe"), get("gold_refs")
+    category, original_id = get("category"), get("original_id")
     if flag is not None and not isinstance(flag, bool):
         raise _wrong_type('"is_synthetic_probe"', flag, "true or false")
     return Prompt(
-        id=_require_text('"id"', _name(entry, "id")),
+        id=_require_text('"id"', _name("id", id_)),
         index=index,
         text=None if text is None else _require_text('"prompt"', text),
         messages=None if messages is None else _to_messages(messages),
-        category=_name(entry, "category"),
+        category=None if category is None else _name("category", category),
         is_synthetic_probe=flag,
-        gold_label=entry.get("gold_label"),
-        gold_refs=_to_references(entry.get("gold_refs")),
-        original_id=_name(entry, "original_id"),
+        gold_label=get("gold_label"),
+        gold_refs=None if references is None else _to_references(references),
+        original_id=None if original_id is None else _name("original_id", original_id),
         extra=extra,
     )
 
@@ -451,18 +453,15 @@ def _require_text(what: str, value: Any) -> str:
     return value
 
 
-def _name(entry: Entry, field: str) -> str | None:
-    value = entry.get(field)
-    if value is None or isinstance(value, str):
+def _name(field: str, value: Any) -> str:
+    if isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     raise _wrong_type(f'"{field}"', value, "text")
 
 
-def _to_references(value: Any) -> tuple[str, ...] | None:
-    if value is None:
-        return None
+def _to_references(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not set(map(type, value)) <= {str}:
         raise _EntryError('"gold_refs" is not a list of texts: write one such as ["CVE-2021-44228"]')
     return tuple(value)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from hallubench.errors import StoreError
 from hallubench.findings import Finding, Remedy
 from hallubench.parts import DAMAGE, MARK, ORDER, Source, model_folder
-from hallubench.plan import request_id, settings_digest
+from hallubench.plan import request_id, settings_hash
 from hallubench.schema import SCHEMA
 from hallubench.seal import is_intact
 from hallubench.text import printable
@@ -200,7 +200,7 @@ def _id_follows(row: Mapping[str, Any]) -> bool:
         options = json.loads(row["options"] or "{}")
     except (ValueError, RecursionError):
         return False
-    settings = settings_digest(row["provider"], row["model"], row["system_prompt"], params, options)
+    settings = settings_hash(row["provider"], row["model"], row["system_prompt"], params, options)
     turns = None if row["messages"] is None else tuple(Message(**turn) for turn in row["messages"])
     prompt = Prompt(id=row["prompt_id"], index=0, text=row["prompt"], messages=turns)
     return bool(row["request_id"] == request_id(settings, prompt, row["sample_index"], row["seed"]))

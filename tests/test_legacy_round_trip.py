@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hallubench.import_legacy import import_json
 from hallubench.legacy import Layout, export_json
-from hallubench.plan import request_id, settings_digest
+from hallubench.plan import request_id, settings_hash
 from hallubench.schema import Row
 from hallubench.store import Store
 from hallubench.types import Completion, Logprobs, Message, Prompt, Request, SamplingParams, Usage
@@ -119,7 +119,7 @@ def stores(draw: st.DrawFn) -> tuple[list[Row], list[dict[str, Any]]]:
         params = SamplingParams(
             max_tokens=64, temperature=entry["temperature"], top_p=entry["top_p"], stop=entry["stop"]
         )
-        digest = settings_digest(provider, entry["name"], entry["system_prompt"], params, entry["options"])
+        digest = settings_hash(provider, entry["name"], entry["system_prompt"], params, entry["options"])
         for number, prompt in enumerate(prompts):
             for sample in range(draw(st.integers(number == 0, 2))):
                 seed = None if entry["seed"] is None else entry["seed"] + sample

@@ -23,7 +23,7 @@ ROWS = 1_000_000
 FEW = 10_000
 LEGACY_ROWS = 50_000
 """Rows of which the legacy JSON is loaded: of a million, it would not fit into memory."""
-PACED_ROWS = 10_000
+PACED_ROWS = 20_000
 PACE = 1_000
 """Answers a second of the paced run."""
 TOKENS = 20
