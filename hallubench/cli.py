@@ -138,6 +138,28 @@ def export_json(folder: Path, layout: Any, logprob_tokens: str, output: Path | N
         click.echo(printable(file, longest=5000))
 
 
+@main.command("export-annotations")
+@click.argument("folder", type=FOLDER)
+@click.option("--annotators", type=click.IntRange(min=1), default=2, show_default=True, metavar="N")
+@click.option(
+    "--overlap",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    metavar="SHARE",
+    help="Of the answers, how many every annotator gets.",
+)
+@click.option("--seed", type=int, default=42, show_default=True, help="Of the order and the models' codes.")
+@click.option("--models", metavar="GLOB", help="Only the models whose name matches, such as 'Qwen/*'.")
+@click.option("--output", type=FOLDER, metavar="DIR", help="Where to write; FOLDER/annotation by default.")
+def export_annotations(folder: Path, **options: Any) -> None:
+    """Write the answers in FOLDER as CSV for human annotators: blind, shuffled, a file for each."""
+    from hallubench.annotation_batches import export_batches, export_lines
+
+    for line in export_lines(export_batches(folder, **options)):
+        click.echo(line)
+
+
 @main.command("import-json")
 @click.argument("files", type=FOLDER, nargs=-1, required=True, metavar="FILE...")
 @click.option("--output", type=FOLDER, required=True, metavar="DIR", help="The store; made if there is none.")
