@@ -115,7 +115,7 @@ def export_lines(batches: Batches) -> Iterator[str]:
         yield f"{printable(path, longest=1000)}: {answers} answers, {batches.shared} of them in every batch"
     yield f"{printable(batches.key, longest=1000)}: which model is which; keep it from the annotators"
     if batches.errors:
-        yield f"Left out: {batches.errors} requests without an answer; `hallubench generate` asks them again"
+        yield f"Left out, since they failed: {batches.errors}; `hallubench generate` asks them again"
 
 
 def neutral(text: pl.Expr) -> pl.Expr:

@@ -42,13 +42,26 @@ ANSWER = ("request_id", "prompt_id", "model", "temperature", "sample_index")
 """The columns that name an answer, as the store has them."""
 NONE = {"", "n/a", "na", "none"}
 BINARY = {
-    **dict.fromkeys(("1", "1.0", "true", "yes"), True),
-    **dict.fromkeys(("0", "0.0", "false", "no"), False),
+    "1": True,
+    "1.0": True,
+    "true": True,
+    "yes": True,
+    "0": False,
+    "0.0": False,
+    "false": False,
+    "no": False,
 }
-SEVERITIES = ("low", "medium", "high")
-CITATIONS = ("correct", "partially correct", "incorrect", "fabricated")
-COMPARED = 1_000
+SEVERITY = {"low": "low", "medium": "medium", "high": "high"}
+CITATION = {
+    "correct": "correct",
+    "partially": "partially correct",
+    "partially correct": "partially correct",
+    "incorrect": "incorrect",
+    "fabricated": "fabricated",
+}
+COMPARED = 200
 """Letters and digits of a response that are compared: a spreadsheet cuts long cells, and changes the rest."""
+OTHER_SIGNS = "[^0-9A-Za-z]"
 
 _LINE = pl.Schema(
     {
@@ -67,7 +80,7 @@ _LINE = pl.Schema(
         "notes": pl.String(),
     }
 )
-"""A line as it was read; `place` names its file and number."""
+"""A line as it was read: `place` names its file and number, `response` is what is compared of it."""
 _AGREEMENT = pl.Schema(
     {
         "first": pl.String(),
@@ -188,12 +201,10 @@ def _line(cells: Mapping[str, str]) -> dict[str, Any]:
     return texts | {
         "temperature": _number(cells, "temperature", float),
         "sample_index": _number(cells, "sample_index", int),
-        "hallucination_binary": _one_of(cells, "hallucination_binary", BINARY),
+        "hallucination_binary": _one_of(BINARY, cells, "hallucination_binary", wanted="1 or 0"),
         "hallucination_types": _types(cells.get("hallucination_types", "")),
-        "severity": _one_of(cells, "severity", {word: word for word in SEVERITIES}),
-        "citation_correctness": _one_of(
-            cells, "citation_correctness", {"partially": CITATIONS[1]} | {word: word for word in CITATIONS}
-        ),
+        "severity": _one_of(SEVERITY, cells, "severity"),
+        "citation_correctness": _one_of(CITATION, cells, "citation_correctness"),
     }
 
 
@@ -210,12 +221,15 @@ def _number(cells: Mapping[str, str], name: str, kind: type[int | float]) -> flo
     raise ValueError(f"{name} is {printable(cells[name], 60)!r}: write {wanted}")
 
 
-def _one_of(cells: Mapping[str, str], name: str, values: Mapping[str, Any]) -> Any:
+def _one_of(
+    values: Mapping[str, Any], cells: Mapping[str, str], name: str, *, wanted: str | None = None
+) -> Any:
     word = _word(cells.get(name, ""))
     if word in NONE:
         return None
     if word not in values:
-        raise ValueError(f"{name} is {printable(cells[name], 60)!r}: write one of {', '.join(values)}")
+        wanted = wanted or ", ".join(dict.fromkeys(values.values()))
+        raise ValueError(f"{name} is {printable(cells[name], 60)!r}: write {wanted}, or leave it empty")
     return values[word]
 
 
@@ -263,7 +277,7 @@ def _refuse_ambiguous(lines: pl.DataFrame, found: pl.DataFrame) -> None:
         columns = [name for name in ("temperature", "sample_index") if count[name]] or ["request_id"]
         raise AnnotationError(
             f"{line['place']}: {count['answers']} answers of {printable(line['model'], 60)} to "
-            f"{printable(line['prompt_id'], 60)} could be meant: say which in a column {' and '.join(columns)}"
+            f"{printable(line['prompt_id'], 60)} may be meant: say which in a column {' and '.join(columns)}"
         )
 
 
@@ -281,17 +295,14 @@ def _refuse_repeated(annotations: pl.DataFrame) -> None:
 def _refuse_other_responses(annotations: pl.DataFrame, folder: Path) -> None:
     given = annotations.filter(pl.col("response").is_not_null())
     answers = scan(folder).filter(pl.col("request_id").is_in(given["request_id"].implode()))
-    stored = answers.select("request_id", "full_response").collect(engine="streaming")
+    begin = pl.col("full_response").str.replace_all(OTHER_SIGNS, "").str.head(COMPARED)
+    stored = answers.select("request_id", begin).collect(engine="streaming")
     compared = given.join(stored, on="request_id", maintain_order="left")
-    if line := _first(compared.filter(_begin("response") != _begin("full_response"))):
+    if line := _first(compared.filter(pl.col("response") != pl.col("full_response"))):
         raise AnnotationError(
-            f"{line['place']}: {printable(folder)} holds another response, since it was asked again: annotate "
-            "that one, or give the folder that was annotated"
+            f"{line['place']}: {printable(folder)} holds another response, since it was asked again: "
+            "annotate that one, or give the folder that was annotated"
         )
-
-
-def _begin(column: str) -> pl.Expr:
-    return pl.col(column).str.replace_all("[^0-9A-Za-z]", "").str.head(COMPARED)
 
 
 def _first(rows: pl.DataFrame) -> dict[str, Any] | None:
