@@ -159,9 +159,10 @@ def _labelled_lines(path: Path, key: Mapping[str, Mapping[str, str]]) -> Iterato
             continue
         place = f"{printable(path)}: line {number}"
         try:
-            yield {"place": place} | _line({**cells, **key.get(cells.get("model", ""), {})})
+            values = _line({**cells, **key.get(cells.get("model", ""), {})})
         except ValueError as problem:
             raise AnnotationError(f"{place}: {problem}") from None
+        yield {"place": place} | values
 
 
 def _rows(path: Path, required: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -194,11 +195,9 @@ def _line(cells: Mapping[str, str]) -> dict[str, Any]:
     for name in ("prompt_id", "model"):
         if name not in cells:
             raise ValueError(f"no {name}: fill it as it was exported")
-    texts = {
-        name: cells.get(name)
-        for name in ("request_id", "prompt_id", "model", "response", "annotator", "notes")
-    }
-    return texts | {
+    texts = ("request_id", "prompt_id", "model", "annotator", "notes")
+    return {name: cells.get(name) for name in texts} | {
+        "response": re.sub(OTHER_SIGNS, "", cells["response"])[:COMPARED] if "response" in cells else None,
         "temperature": _number(cells, "temperature", float),
         "sample_index": _number(cells, "sample_index", int),
         "hallucination_binary": _one_of(BINARY, cells, "hallucination_binary", wanted="1 or 0"),
