@@ -167,8 +167,10 @@ def _labelled_lines(path: Path, key: Mapping[str, Mapping[str, str]]) -> Iterato
 
 def _rows(path: Path, required: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows of a CSV file with their lines, without the apostrophes of `neutral`."""
+    columns: list[str] = []
 
     def check(header: list[str]) -> None:
+        columns.extend(header)
         if missing := [name for name in required if name not in header]:
             raise LineError(
                 f"no column {', '.join(missing)}: add it, and save the file as comma-separated CSV"
@@ -179,6 +181,8 @@ def _rows(path: Path, required: Iterable[str]) -> Iterator[tuple[int, dict[str, 
     try:
         for number, cells in read_csv(path, check):
             yield number, {name: re.sub(rf"^'(?={FORMULA}|')", "", cell) for name, cell in cells.items()}
+        if not columns:
+            raise LineError("holds nothing: give a file of annotations")
     except LineError as problem:
         raise AnnotationError(f"{printable(path)}: {problem}") from None
     except OSError as error:
