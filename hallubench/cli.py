@@ -181,6 +181,20 @@ def import_json(files: tuple[Path, ...], output: Path, prompts: Path | None) -> 
 
 @main.command()
 @click.argument("folder", type=FOLDER)
+@click.argument("prompt_id")
+@click.option(
+    "--model", default="*", metavar="GLOB", help="Only the models whose name matches, such as 'Qwen/*'."
+)
+@click.option("--sample", type=click.IntRange(min=0), metavar="N", help="Only this sample, from 0.")
+def show(folder: Path, prompt_id: str, model: str, sample: int | None) -> None:
+    """Print a prompt of FOLDER with its answers, each token coloured by its probability."""
+    from hallubench.show import show as show_
+
+    show_(folder, prompt_id, model=model, sample=sample)
+
+
+@main.command()
+@click.argument("folder", type=FOLDER)
 def status(folder: Path) -> None:
     """Summarize the store in FOLDER: what was answered, what failed, and its runs."""
     from hallubench.status import status_lines

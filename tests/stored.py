@@ -7,6 +7,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,13 @@ def answer(
 
 
 def logprobs_of(*tokens: tuple[str, float], others: Sequence[tuple[str, float]] = ()) -> Logprobs:
-    """Of chosen tokens with their probabilities; each has itself and `others` as its alternatives."""
-    tops = [[token, *others] for token in tokens]
+    """Of chosen tokens with their probabilities; the alternatives of each are itself and `others`, best first."""
+    tops = [sorted([token, *others], key=itemgetter(1), reverse=True) for token in tokens]
     return Logprobs(
         token_ids=array("i", range(len(tokens))),
         tokens=[token for token, _ in tokens],
         logprobs=array("f", [math.log(probability) for _, probability in tokens]),
-        ranks=array("i", [1] * len(tokens)),
+        ranks=array("i", [top.index(token) + 1 for top, token in zip(tops, tokens, strict=True)]),
         top_offsets=array("i", range(0, len(tokens) * (1 + len(others)) + 1, 1 + len(others))),
         top_token_ids=array("i", range(len(tokens) * (1 + len(others)))),
         top_tokens=[token for top in tops for token, _ in top],
