@@ -91,10 +91,10 @@ def show(folder: Path, prompt_id: str, *, model: str = "*", sample: int | None =
 
 
 def pieces_of(response: str, tokens: Sequence[str]) -> list[str] | None:
-    """What each token is of a response, "" where it is not in it; None if the tokens do not make the response.
+    """What each token is of a response, "" if it is not in it; None if the tokens do not make the response.
 
-    Around it there may be more: white space that the tokenizer put before it, an end token or stop text after
-    it. A token that is part of a character has no text of its own, and then they do not make it.
+    Around it there may be more: white space that the tokenizer put before it, an end token or stop text
+    after it. A token that is part of a character has no text of its own, and then they do not make it.
     """
     written = "".join(tokens)
     start = written.find(response)

@@ -81,7 +81,7 @@ def answer(
 
 
 def logprobs_of(*tokens: tuple[str, float], others: Sequence[tuple[str, float]] = ()) -> Logprobs:
-    """Of chosen tokens with their probabilities; the alternatives of each are itself and `others`, best first."""
+    """Of chosen tokens with their probabilities; the alternatives are the token itself and `others`."""
     tops = [sorted([token, *others], key=itemgetter(1), reverse=True) for token in tokens]
     return Logprobs(
         token_ids=array("i", range(len(tokens))),
