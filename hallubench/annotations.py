@@ -92,7 +92,9 @@ _AGREEMENT = pl.Schema(
 )
 
 
-def load_annotations(files: Path | Iterable[Path], folder: Path, *, key: Path | None = None) -> pl.DataFrame:
+def load_annotations(
+    files: str | Path | Iterable[str | Path], folder: str | Path, *, key: str | Path | None = None
+) -> pl.DataFrame:
     """Read the annotations of a store's answers.
 
     Args:
@@ -112,7 +114,8 @@ def load_annotations(files: Path | Iterable[Path], folder: Path, *, key: Path | 
             more than one, or one that the same annotator has annotated already. Names the file and the line.
         StoreError: there is no store in the folder.
     """
-    paths = [files] if isinstance(files, Path) else list(files)
+    paths = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
+    folder, key = Path(folder), None if key is None else Path(key)
     lines = [line for path in paths for line in _labelled_lines(path, _read_key(path, key))]
     annotations = _resolve(pl.DataFrame(lines, schema=_LINE), folder)
     _refuse_repeated(annotations)
