@@ -142,6 +142,28 @@ def export_json(folder: Path, layout: Any, logprob_tokens: str, output: Path | N
         click.echo(printable(file, longest=5000))
 
 
+@main.command("export-annotations")
+@click.argument("folder", type=FOLDER)
+@click.option("--annotators", type=click.IntRange(min=1), default=2, show_default=True, metavar="N")
+@click.option(
+    "--overlap",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    metavar="SHARE",
+    help="Of the answers, how many every annotator gets.",
+)
+@click.option("--seed", type=int, default=42, show_default=True, help="Of the order and the models' codes.")
+@click.option("--models", metavar="GLOB", help="Only the models whose name matches, such as 'Qwen/*'.")
+@click.option("--output", type=FOLDER, metavar="DIR", help="Where to write; FOLDER/annotation by default.")
+def export_annotations(folder: Path, **options: Any) -> None:
+    """Write the answers in FOLDER as CSV for human annotators: blind, shuffled, a file for each."""
+    from hallubench.annotation_batches import export_batches, export_lines
+
+    for line in export_lines(export_batches(folder, **options)):
+        click.echo(line)
+
+
 @main.command("import-json")
 @click.argument("files", type=FOLDER, nargs=-1, required=True, metavar="FILE...")
 @click.option("--output", type=FOLDER, required=True, metavar="DIR", help="The store; made if there is none.")
@@ -159,6 +181,20 @@ def import_json(files: tuple[Path, ...], output: Path, prompts: Path | None) -> 
 
     for line in import_lines(import_(files, output, prompts=prompts, now=datetime.now(UTC)), output):
         click.echo(line)
+
+
+@main.command()
+@click.argument("folder", type=FOLDER)
+@click.argument("prompt_id")
+@click.option(
+    "--model", default="*", metavar="GLOB", help="Only the models whose name matches, such as 'Qwen/*'."
+)
+@click.option("--sample", type=click.IntRange(min=0), metavar="N", help="Only this sample, from 0.")
+def show(folder: Path, prompt_id: str, model: str, sample: int | None) -> None:
+    """Print a prompt of FOLDER with its answers, each token coloured by its probability."""
+    from hallubench.show import show as show_
+
+    show_(folder, prompt_id, model=model, sample=sample)
 
 
 @main.command()

@@ -5,6 +5,7 @@
     │   ├── ConfigError       ... the config
     │   ├── PromptError       ... the prompts file
     │   ├── ResultError       ... a file of results to import
+    │   ├── AnnotationError   ... a file of annotations
     │   └── StoreError        ... the output folder
     └── RunError              the run could not finish                       exit code 1
         ├── LaneError         ... one lane stopped; its requests stay pending
@@ -38,6 +39,10 @@ class PromptError(InputError):
 
 class ResultError(InputError):
     """A file of results cannot be read, or holds what is no result; nothing was imported."""
+
+
+class AnnotationError(InputError):
+    """A file of annotations cannot be read, or does not fit the answers of the store."""
 
 
 class StoreError(InputError):

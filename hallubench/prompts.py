@@ -28,7 +28,6 @@ Text is UTF-8, with or without a byte order mark.
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
 import json
@@ -37,6 +36,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -47,6 +47,7 @@ import pyarrow.parquet as pq
 
 from hallubench.errors import PromptError
 from hallubench.text import printable
+from hallubench.text_file import LineError, read_csv, read_lines
 from hallubench.types import Message, Prompt
 
 Entry: TypeAlias = dict[str, Any]
@@ -167,18 +168,9 @@ def _nearest(path: Path) -> str:
     return "check the path"
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise _error(path, f"line {number}: not UTF-8: save the file as UTF-8") from None
-
-
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     try:
-        document = _decode_json("".join(line for _, line in _read_lines(path)))
+        document = _decode_json("".join(line for _, line in read_lines(path)))
     except _EntryError as problem:
         raise _error(path, str(problem)) from None
     entries = document.get("prompts") if isinstance(document, dict) else document
@@ -196,7 +188,7 @@ def _entry_of_value(value: Any) -> Entry:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, str]]:
-    return ((number, line) for number, line in _read_lines(path) if line and not line.isspace())
+    return ((number, line) for number, line in read_lines(path) if line and not line.isspace())
 
 
 def _entry_of_line(line: str) -> Entry:
@@ -204,26 +196,7 @@ def _entry_of_line(line: str) -> Entry:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Entry]]:
-    csv.field_size_limit(2**31 - 1)  # holds for the process; the default, 128 KiB, is less than a long prompt
-    rows = csv.reader((line for _, line in _read_lines(path)), strict=True)
-    header: list[str] = []
-    next_line = 1
-    try:
-        for row in rows:
-            line, next_line = next_line, rows.line_num + 1
-            if not row:
-                continue
-            if not header:
-                header = row
-                _require_columns(path, header)
-            elif len(row) != len(header):
-                problem = f"{len(row)} cells under {len(header)} columns: quote the cells that hold commas"
-                raise _error(path, f"line {line}: {problem}")
-            else:
-                yield line, {column: cell for column, cell in zip(header, row, strict=True) if cell}
-    except csv.Error as error:
-        reason = str(error).partition(" - ")[0]
-        raise _error(path, f"line {next_line}: malformed CSV ({reason}): check its quotes") from None
+    return read_csv(path, partial(_require_columns, path))
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Entry]]:
@@ -500,6 +473,8 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _error(path, f"cannot be read ({printable(error.strerror or error)}): check the file") from None
+    except LineError as problem:
+        raise _error(path, str(problem)) from None
 
 
 def _error(path: Path, problem: str) -> PromptError:
