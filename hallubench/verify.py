@@ -46,8 +46,8 @@ from hallubench.soundness import inspect_part
 from hallubench.store import LOCK, RUNS, check_is_folder, no_store, only_what_counts
 from hallubench.text import printable
 
-EXPORT = "export"
-"""Where `export-json` writes unless told otherwise."""
+WRITTEN_FOR_OTHERS = ("export", "annotation")
+"""Where `export-json` and `export-annotations` write unless told otherwise."""
 
 
 def verify(folder: Path, *, alone: bool = False) -> Report:
@@ -230,7 +230,7 @@ class _Verification:
                 what = "is not of the store, and whoever reads **/*.parquet would read it"
                 self._report.findings.append(Finding(path, what, Remedy.MOVE))
         for path in sorted(self._folder.iterdir()):
-            known = path.name in {RUNS, EXPORT} or path.match(MODEL_FOLDERS)
+            known = path.name in (RUNS, *WRITTEN_FOR_OTHERS) or path.match(MODEL_FOLDERS)
             if not known and path.suffix != ".parquet":
                 self._note(path, "is not of the store")
         for path in sorted(self._folder.glob(f"{MODEL_FOLDERS}/*")):

@@ -369,6 +369,7 @@ def test_foreign_parquet_is_moved_aside_and_other_files_are_left(config: Config,
     for note in notes:
         note.write_text("x")
     (store / "export").mkdir()
+    (store / "annotation").mkdir()
     report = verify(store)
     assert report.faults == 2
     assert len(report.findings) == 5

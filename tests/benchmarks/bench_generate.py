@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import demo_model, median, prompts_file, report, run_role
+from part_encodings import print_encodings
 
 from hallubench.legacy import export_json
 
@@ -66,6 +67,7 @@ def hallubench(folder: str) -> dict[str, Any]:
         "seconds": clock.ended - clock.begun + last_write,
         "engine_arguments": record["engine_arguments"],
         "bytes_over_legacy": bytes_over_legacy(result.output),
+        "store": str(result.output),
     }
 
 
@@ -134,6 +136,8 @@ def main() -> None:
             ours.append(one["tokens"] / one["seconds"])
             bares.append(other["tokens"] / other["seconds"])
             print(f"hallubench {ours[-1]:.0f} tokens/s, bare LLM.chat {bares[-1]:.0f} tokens/s")
+        print("bytes and seconds of other ways to write the same answers:")
+        print_encodings(Path(one["store"]))
     looped = run_role(script, "loop")
     ratio = median([a / b for a, b in zip(ours, bares, strict=True)])
     times = median(ours) / (looped["tokens"] / looped["seconds"])
