@@ -104,10 +104,13 @@ def export_json(
         DiskError: the files cannot be written; earlier exports are still there.
     """
     records = _read_records(folder)
-    runs = _find_runs(folder, records)
+    try:
+        runs = _find_runs(folder, records)
+        metadata = _metadata(folder, records, runs)
+    except FileNotFoundError:  # of more parts than `scan` can hold open
+        raise StoreError(f"{printable(folder)}: a run merged its parts; read again") from None
     if not runs:
         raise StoreError(f"{printable(folder)}: holds no answers yet; run `hallubench generate` first")
-    metadata = _metadata(folder, records, runs)
     exporter = {
         "program": PROGRAM,
         "layout": layout,
