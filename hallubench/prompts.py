@@ -292,7 +292,7 @@ def _parse_json(text: str) -> Any:
 
 def _decode_json(text: str) -> Any:
     try:
-        if text.startswith("{"):
+        if text[:1] == "{":
             value, end = _JSON.raw_decode(text)
             if end == len(text):
                 return value
@@ -372,7 +372,7 @@ def _refuse_foreign(column: str, value: Any) -> None:
 
 def _to_prompt(entry: Entry, index: int) -> Prompt:
     extra: Entry = {}
-    if not entry.keys() <= _FIELDS:
+    if not _FIELDS.issuperset(entry):
         entry = _rename(entry)
         extra = {key: value for key, value in entry.items() if key not in _FIELDS}
     get = entry.get
